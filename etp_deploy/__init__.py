@@ -12,23 +12,23 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from etp_deploy.bench import benchmark as benchmark
-    from etp_deploy.bundle import bundle as bundle
-    from etp_deploy.export import export as export
+    from etp_deploy.bundling import bundle as bundle
+    from etp_deploy.exporting import export as export
     from etp_deploy.inspection import inspect as inspect
     from etp_deploy.pipeline import compress as compress
     from etp_deploy.training import TorqueRegularizer as TorqueRegularizer
-    from etp_deploy.verify import verify as verify
+    from etp_deploy.verification import verify as verify
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "TorqueRegularizer": "etp_deploy.training",
     "benchmark": "etp_deploy.bench",
-    "bundle": "etp_deploy.bundle",
+    "bundle": "etp_deploy.bundling",
     "compress": "etp_deploy.pipeline",
-    "export": "etp_deploy.export",
+    "export": "etp_deploy.exporting",
     "inspect": "etp_deploy.inspection",
-    "verify": "etp_deploy.verify",
+    "verify": "etp_deploy.verification",
 }
 
 __all__ = ["TorqueRegularizer", "__version__", "benchmark", "bundle", "compress", "export", "inspect", "verify"]
@@ -37,7 +37,7 @@ __all__ = ["TorqueRegularizer", "__version__", "benchmark", "bundle", "compress"
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    # A submodule of the same name may have been set by an import in between; the function always wins.
+    # No submodule may carry one of these names: importing it would shadow the function.
     value = getattr(importlib.import_module(_HOMES[name]), name)
     globals()[name] = value
     return value
