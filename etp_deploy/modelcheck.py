@@ -1,0 +1,204 @@
+"""What a parsed model must satisfy before anything else looks at it.
+
+These are the defects that `onnx.load` and ONNX Runtime let pass (an unset opset, duplicate initializers) or
+that would make a later stage read a file it must not (external data outside the model's folder).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import stat
+from fractions import Fraction
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import TYPE_CHECKING
+
+import onnx
+
+from etp_deploy.errors import ModelError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_EXTERNAL_HINT = "external data must lie in the model's own folder"
+_DAMAGED_HINT = "the file is damaged or was saved without its weights; fetch or export it again"
+_MAIN_DOMAINS = ("", "ai.onnx")
+# Of each data type: the bits of one element, and the typed field that may hold it instead of raw bytes, with
+# the elements that one entry of that field makes up. Text has no fixed size.
+_LAYOUT: dict[str, tuple[int | None, str, Fraction]] = {
+    "FLOAT": (32, "float_data", Fraction(1)),
+    "DOUBLE": (64, "double_data", Fraction(1)),
+    "INT64": (64, "int64_data", Fraction(1)),
+    "UINT64": (64, "uint64_data", Fraction(1)),
+    "UINT32": (32, "uint64_data", Fraction(1)),
+    "INT32": (32, "int32_data", Fraction(1)),
+    "STRING": (None, "string_data", Fraction(1)),
+    "COMPLEX64": (64, "float_data", Fraction(1, 2)),
+    "COMPLEX128": (128, "double_data", Fraction(1, 2)),
+    **dict.fromkeys(("FLOAT16", "BFLOAT16", "INT16", "UINT16"), (16, "int32_data", Fraction(1))),
+    **dict.fromkeys(("INT8", "UINT8", "BOOL"), (8, "int32_data", Fraction(1))),
+    **dict.fromkeys(("FLOAT8E4M3FN", "FLOAT8E4M3FNUZ", "FLOAT8E5M2"), (8, "int32_data", Fraction(1))),
+    **dict.fromkeys(("FLOAT8E5M2FNUZ", "FLOAT8E8M0"), (8, "int32_data", Fraction(1))),
+    **dict.fromkeys(("INT4", "UINT4", "FLOAT4E2M1"), (4, "int32_data", Fraction(2))),
+    **dict.fromkeys(("INT2", "UINT2"), (2, "int32_data", Fraction(4))),
+}
+
+
+def check_proto(proto: onnx.ModelProto, path: Path) -> None:
+    """Refuse a model that is incomplete or whose tensors do not hold what they declare.
+
+    Args:
+        proto: the parsed model.
+        path: its file; external data is looked for in its folder.
+
+    Raises:
+        ModelError: naming the file, the tensor and what is wrong with it.
+    """
+    if not proto.HasField("graph") or not (proto.graph.node or proto.graph.output):
+        raise ModelError(
+            "not an ONNX model: it has no graph", where=str(path), hint="an ONNX model file is expected"
+        )
+    if proto.ir_version <= 0:
+        raise ModelError(
+            "the model does not say which IR version it uses", where=str(path), hint="export it again"
+        )
+    versions = {entry.domain: entry.version for entry in proto.opset_import}
+    main = [versions[domain] for domain in _MAIN_DOMAINS if domain in versions]
+    needs_main = any(node.domain in _MAIN_DOMAINS for node in proto.graph.node)
+    if not versions or (needs_main and not main) or any(version <= 0 for version in versions.values()):
+        raise ModelError(
+            "the model does not say which opset it uses", where=str(path), hint="export it again"
+        )
+    files: dict[str, int] = {}
+    for graph in _graphs(proto):
+        _check_names(graph, path)
+        for tensor in graph.initializer:
+            _check_tensor(tensor, path, files)
+    for attribute in _attributes(proto):
+        for tensor in (*([attribute.t] if attribute.HasField("t") else []), *attribute.tensors):
+            _check_tensor(tensor, path, files)
+
+
+def _check_names(graph: onnx.GraphProto, path: Path) -> None:
+    """Refuse initializers without a name of their own, and the kind that the in-memory graph cannot hold."""
+    seen: set[str] = set()
+    for tensor in graph.initializer:
+        if not tensor.name:
+            raise ModelError("an initializer has no name", where=str(path), hint="export it again")
+        if tensor.name in seen:
+            raise ModelError(
+                f"two initializers are called {tensor.name!r}", where=str(path), hint="export it again"
+            )
+        seen.add(tensor.name)
+    if graph.sparse_initializer:
+        name = graph.sparse_initializer[0].values.name
+        hint = "store the tensor dense"
+        raise ModelError(f"sparse initializers are not supported ({name!r})", where=str(path), hint=hint)
+
+
+def _check_tensor(tensor: onnx.TensorProto, path: Path, files: dict[str, int]) -> None:
+    """Refuse a tensor whose data is not as long as its shape says, wherever it lies."""
+    if any(dim < 0 for dim in tensor.dims):
+        raise ModelError(
+            f"tensor {tensor.name!r} has a negative dimension", where=str(path), hint="export it again"
+        )
+    bits, field, per_entry = _LAYOUT.get(_type_name(tensor.data_type), (None, "", Fraction(1)))
+    count = math.prod(tensor.dims)
+    expected = None if bits is None else (count * bits + 7) // 8
+    if tensor.data_location == onnx.TensorProto.EXTERNAL:
+        _check_external(tensor, path, files, expected)
+    elif tensor.HasField("raw_data"):
+        if expected is not None and len(tensor.raw_data) != expected:
+            what = (
+                f"tensor {tensor.name!r} holds {len(tensor.raw_data)} bytes where its shape needs {expected}"
+            )
+            raise ModelError(what, where=str(path), hint=_DAMAGED_HINT)
+    elif field and len(getattr(tensor, field)) != math.ceil(count / per_entry):
+        held = len(getattr(tensor, field))
+        what = f"tensor {tensor.name!r} holds {held} entries where its shape needs {count}"
+        raise ModelError(what, where=str(path), hint=_DAMAGED_HINT)
+
+
+def _type_name(data_type: int) -> str:
+    return (
+        str(onnx.TensorProto.DataType.Name(data_type))
+        if data_type in onnx.TensorProto.DataType.values()
+        else ""
+    )
+
+
+def _check_external(
+    tensor: onnx.TensorProto, path: Path, files: dict[str, int], expected: int | None
+) -> None:
+    """Refuse external data that is missing, too short, or not a regular file in the model's folder.
+
+    Args:
+        tensor: the tensor that says where its data lies.
+        path: the model's file.
+        files: sizes in bytes of the data files seen so far, by location; added to.
+        expected: bytes that the tensor's shape needs, None where that is not known.
+    """
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    location = entries.get("location", "")
+    try:
+        offset, length = int(entries.get("offset") or 0), int(entries.get("length") or -1)
+    except ValueError:
+        offset = length = -2
+    if offset < 0 or length < -1:
+        what = f"external data of tensor {tensor.name!r} has no valid offset and length"
+        raise ModelError(what, where=str(path), hint="export it again")
+    if location not in files:
+        files[location] = _external_size(location, tensor.name, path)
+    if expected is not None and length not in (-1, expected):
+        what = f"external data of tensor {tensor.name!r} is {length} bytes where its shape needs {expected}"
+        raise ModelError(what, where=str(path), hint=_DAMAGED_HINT)
+    needed = offset + max(length, expected or 0)
+    if files[location] < needed:
+        what = f"external data {location!r} is truncated: {files[location]} bytes where {needed} are needed"
+        raise ModelError(what, where=str(path), hint="copy the data file again")
+
+
+def _external_size(location: str, name: str, path: Path) -> int:
+    """Return the bytes of a data file, after making sure that it is one of the model's own."""
+    forms = (PurePosixPath(location), PureWindowsPath(location))
+    outside = any(form.is_absolute() or form.drive or form.root or ".." in form.parts for form in forms)
+    if not location or "\0" in location or outside:
+        what = f"tensor {name!r} wants external data at {location!r}"
+        raise ModelError(what, where=str(path), hint=_EXTERNAL_HINT)
+    folder = Path(os.path.realpath(path.absolute().parent))
+    try:
+        file = Path(os.path.realpath(folder / location))
+        status = file.stat()
+    except OSError as error:
+        what = f"external data {location!r} of tensor {name!r} cannot be read: {error.strerror}"
+        raise ModelError(what, where=str(path), hint="copy it beside the model") from error
+    if not file.is_relative_to(folder):
+        what = f"external data {location!r} is a link to a place outside the model's folder"
+        raise ModelError(what, where=str(path), hint=_EXTERNAL_HINT)
+    if not stat.S_ISREG(status.st_mode):
+        what = f"external data {location!r} is not a regular file"
+        raise ModelError(what, where=str(path), hint=_EXTERNAL_HINT)
+    if status.st_nlink > 1:
+        what = f"external data {location!r} is a hard link"
+        raise ModelError(what, where=str(path), hint="replace it by a copy; it may be a file from elsewhere")
+    return status.st_size
+
+
+def _attributes(proto: onnx.ModelProto) -> Iterator[onnx.AttributeProto]:
+    """Yield the attributes of every node, those in subgraphs and functions included."""
+    pending = [proto.graph.node, *(function.node for function in proto.functions)]
+    while pending:
+        for node in pending.pop():
+            for attribute in node.attribute:
+                yield attribute
+                pending.extend(graph.node for graph in attribute.graphs)
+                if attribute.HasField("g"):
+                    pending.append(attribute.g.node)
+
+
+def _graphs(proto: onnx.ModelProto) -> Iterator[onnx.GraphProto]:
+    yield proto.graph
+    for attribute in _attributes(proto):
+        yield from attribute.graphs
+        if attribute.HasField("g"):
+            yield attribute.g
