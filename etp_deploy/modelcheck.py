@@ -69,6 +69,8 @@ def check_proto(proto: onnx.ModelProto, path: Path) -> None:
         raise ModelError(
             "the model does not say which opset it uses", where=str(path), hint="export it again"
         )
+    if any(not node.op_type for node in proto.graph.node):
+        raise ModelError("a node has no operator", where=str(path), hint=_DAMAGED_HINT)
     files: dict[str, int] = {}
     for graph in _graphs(proto):
         _check_names(graph, path)

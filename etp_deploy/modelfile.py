@@ -108,7 +108,8 @@ def write_model(
     """
     path = Path(path)
     sources = tuple(Path(source) for source in inputs)
-    check_output(path, inputs=sources)
+    sources_data = {file for source in sources for file in _data_files(source)}
+    check_output(path, inputs=(*sources, *sources_data))
     copy = model.clone()
     copy.metadata_props.update(metadata or {})
     _inline_attributes(copy)
@@ -128,9 +129,7 @@ def write_model(
         if written is not None:
             written.unlink(missing_ok=True)
         raise
-    for source in sources:
-        superseded -= _data_files(source)
-    for old in superseded:
+    for old in superseded - sources_data:
         old.unlink(missing_ok=True)
 
 
@@ -208,12 +207,11 @@ def _read_bytes(path: Path) -> bytes:
         raise ModelError(
             f"cannot read the model: {reason}", where=str(path), hint="check the path"
         ) from error
-    with os.fdopen(handle, "rb") as file:
+    try:
         status = os.fstat(handle)
         if stat.S_ISDIR(status.st_mode):
-            raise ModelError(
-                "this is a folder, not a model file", where=str(path), hint="name the .onnx file in it"
-            )
+            hint = "name the .onnx file in it"
+            raise ModelError("this is a folder, not a model file", where=str(path), hint=hint)
         if not stat.S_ISREG(status.st_mode):
             raise ModelError("not a regular file", where=str(path), hint=_ONNX_HINT)
         if status.st_size == 0:
@@ -221,10 +219,12 @@ def _read_bytes(path: Path) -> bytes:
         if status.st_size >= 1 << 31:
             hint = "models of 2 GB and more keep their weights in external data"
             raise ModelError("the file is larger than 2 GB", where=str(path), hint=hint)
-        try:
+        with os.fdopen(handle, "rb", closefd=False) as file:
             return file.read()
-        except OSError as error:
-            raise ModelError(f"cannot read the model: {error.strerror}", where=str(path)) from error
+    except OSError as error:
+        raise ModelError(f"cannot read the model: {error.strerror}", where=str(path)) from error
+    finally:
+        os.close(handle)
 
 
 def _not_onnx(path: Path, data: bytes) -> ModelError:
