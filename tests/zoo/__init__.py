@@ -1,0 +1,1 @@
+"""Small networks with planted dead structure, whose reduced size is known exactly."""
