@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from etp_deploy.bench import environment
 from etp_deploy.bench.cautions import distinct
-from etp_deploy.bench.cells import measure_cell
+from etp_deploy.bench.cells import Plan, measure_cell
+from etp_deploy.bench.facts import names, read_facts
 from etp_deploy.bench.latency import Limits
 from etp_deploy.bench.memory import REPEATS
 from etp_deploy.bench.results import BenchmarkResult, Cell
