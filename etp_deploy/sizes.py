@@ -1,0 +1,112 @@
+"""How large a model is: parameters, bytes, multiply-accumulates, nodes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING
+
+import onnx_ir as ir
+
+from etp_deploy.surgery.prepare import prepare
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+    from pathlib import Path
+
+# sizes that dynamic dimensions are given for counting: one sample, sixteen of anything else
+BATCH, OTHER = 1, 16
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSizes:
+    """Sizes of a model.
+
+    Attributes:
+        parameters: elements of all floating-point initializers, in all graphs.
+        bytes: of the file, with its external data.
+        macs: multiply-accumulates of convolutions and matrix products for one sample, dynamic sizes at 16;
+            None where a shape is not known.
+        nodes: in all graphs.
+    """
+
+    parameters: int
+    bytes: int
+    macs: int | None
+    nodes: int
+
+
+def model_sizes(model: ir.Model, path: Path) -> ModelSizes:
+    """Count a model's sizes; `path` is where it lies."""
+    return ModelSizes(
+        parameters=sum(math.prod(value.shape) for value in _weights(model) if value.shape is not None),
+        bytes=file_bytes(model, path),
+        macs=count_macs(model),
+        nodes=sum(1 for _ in model.graph.all_nodes()),
+    )
+
+
+def _weights(model: ir.Model) -> Iterable[ir.Value]:
+    for graph in model.graphs():
+        yield from (value for value in graph.initializers.values() if _floating(value))
+
+
+def _floating(value: ir.Value) -> bool:
+    return value.dtype is not None and value.dtype.is_floating_point()
+
+
+def file_bytes(model: ir.Model, path: Path) -> int:
+    """Return the bytes of a model's file and of the external data that it names."""
+    files = {
+        (path.parent / tensor.location).resolve()
+        for graph in model.graphs()
+        for value in graph.initializers.values()
+        if isinstance(tensor := value.const_value, ir.ExternalTensor)
+    }
+    return path.stat().st_size + sum(file.stat().st_size for file in files)
+
+
+def count_macs(model: ir.Model) -> int | None:
+    """Return the multiply-accumulates of a model's main graph for one sample, None where a shape is not known."""
+    graph = prepare(model).graph
+    bindings = counting_sizes(graph)
+    total = 0
+    for node in graph:
+        count = node_macs(node, bindings)
+        if count is None:
+            return None
+        total += count
+    return total
+
+
+def counting_sizes(graph: ir.Graph) -> dict[str, int]:
+    """Return a size for each symbol in the graph's inputs: one sample, sixteen of anything else."""
+    bindings: dict[str, int] = {}
+    for value in graph.inputs:
+        for axis, dim in enumerate(value.shape or ()):
+            if not isinstance(dim, int) and dim.value is not None:
+                bindings.setdefault(dim.value, BATCH if axis == 0 else OTHER)
+    return bindings
+
+
+def node_macs(node: ir.Node, bindings: Mapping[str, int]) -> int | None:
+    """Return a node's multiply-accumulates: 0 for what is no contraction, None where a shape is not known."""
+    if node.op_type not in {"Conv", "ConvTranspose", "MatMul", "Gemm"}:
+        return 0
+    first, second, out = (concrete(value, bindings) for value in (node.inputs[0], node.inputs[1], node.outputs[0]))
+    if first is None or second is None or out is None:
+        return None
+    if node.op_type == "Conv":
+        return math.prod(out) * math.prod(second[1:])
+    if node.op_type == "ConvTranspose":
+        return math.prod(first) * math.prod(second[1:])
+    inner = second[1] if node.op_type == "Gemm" and node.attributes.get_int("transB", 0) else second[-2:][0]
+    return math.prod(out) * inner
+
+
+def concrete(value: ir.Value | None, bindings: Mapping[str, int]) -> list[int] | None:
+    """Return a tensor's shape with symbols replaced, None where a dimension is not known."""
+    if value is None or value.shape is None:
+        return None
+    sizes = [dim if isinstance(dim, int) else dim.evaluate(bindings) for dim in value.shape]
+    return [int(size) for size in sizes] if all(isinstance(size, int) for size in sizes) else None

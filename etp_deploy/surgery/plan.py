@@ -1,0 +1,161 @@
+"""What goes, what stays and why: the analysis's result as values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from etp_deploy.surgery.analysis import read, solve
+from etp_deploy.surgery.shapes import frame_dims, single_label
+from etp_deploy.surgery.statements.contraction import Contraction
+from etp_deploy.surgery.statements.pointwise import Pointwise
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from etp_deploy.surgery.analysis import Analysis, Fill
+    from etp_deploy.surgery.statements.base import Edit
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The output channels of one contraction.
+
+    Attributes:
+        name: the tensor that holds them.
+        operator: what computes them.
+        kind: "channels" of a convolution, "neurons" of a matrix product, "heads" of an attention, or the
+            "projections" that make them.
+        total: how many there are.
+        constant: how many are known constants.
+        unread: how many others nothing that stays reads.
+        kept: how many stay.
+        reasons: why dead ones stay, with how many.
+    """
+
+    name: str
+    operator: str
+    kind: str
+    total: int
+    constant: int
+    unread: int
+    kept: int
+    reasons: tuple[tuple[str, int], ...]
+
+    @property
+    def removed(self) -> int:
+        """How many go."""
+        return self.total - self.kept
+
+    @property
+    def kept_dead(self) -> int:
+        """How many dead ones stay."""
+        return self.constant + self.unread - self.removed
+
+
+@dataclass(frozen=True)
+class RemovalPlan:
+    """Edits for each node, and a row for each layer."""
+
+    edits: tuple[tuple[ir.Node, tuple[Edit, ...]], ...]
+    layers: tuple[Layer, ...]
+
+
+def plan(graph: ir.Graph, fill: Fill | None = None) -> tuple[RemovalPlan, Analysis]:
+    """Analyse a prepared graph and return what to remove, with the analysis for questions of detail.
+
+    Args:
+        graph: from `prepare`.
+        fill: the alignment policy, see `analysis.solve`.
+
+    Raises:
+        PlanError: where channels that stay cannot be lined up.
+    """
+    analysis = read(graph)
+    solve(analysis, fill)
+    edits = []
+    for node, says in analysis.statements.items():
+        changes = tuple(says.edits(analysis.state))
+        if changes:
+            edits.append((node, changes))
+    return RemovalPlan(tuple(edits), tuple(layers(analysis))), analysis
+
+
+def layers(analysis: Analysis) -> list[Layer]:
+    """Return a row for each contraction whose output channels could go."""
+    rows = []
+    for says in analysis.statements.values():
+        if isinstance(says, Contraction) and says.active:
+            structure = analysis.state.structure(says.out)
+            if structure is not None and single_label(structure[says.out_axis]):
+                rows.append(_layer(analysis, says, frame_dims(structure, says.out_axis)[0], _kind(says)))
+        elif isinstance(says, Pointwise) and says.stochastic is not None:
+            heads = [dim for dim, extent in enumerate(analysis.state.mask(says.out).shape) if extent > 1]
+            if len(heads) == 1:
+                rows.append(_layer(analysis, says, heads[0], "heads"))
+    return rows
+
+
+def _layer(analysis: Analysis, says: Contraction | Pointwise, dim: int, kind: str) -> Layer:
+    state = analysis.state
+    mask = state.mask(says.out)
+    others = tuple(other for other in range(mask.ndim) if other != dim)
+    kept = mask.any(axis=others)
+    constant = final_constant(analysis, says.out, dim)
+    # what was kept first for a reason other than liveness is dead although it stays
+    spare = {index for index, cause in enumerate(state.causes) if cause.spare}
+    why = state.why[says.out].max(axis=others)
+    refilled = kept & np.isin(why, list(spare)) & ~constant
+    dead_kept = kept & (constant | refilled)
+    reasons: dict[str, int] = {}
+    for index in why[dead_kept]:
+        text = reason(analysis, int(index))
+        reasons[text] = reasons.get(text, 0) + 1
+    return Layer(
+        name=says.out.name or "",
+        operator=says.node.op_type,
+        kind=kind,
+        total=int(kept.size),
+        constant=int(constant.sum()),
+        unread=int((~kept & ~constant).sum() + refilled.sum()),
+        kept=int(kept.sum()),
+        reasons=tuple(sorted(reasons.items(), key=lambda item: -item[1])),
+    )
+
+
+def final_constant(analysis: Analysis, value: ir.Value, dim: int) -> np.ndarray:
+    """Return which indices along a frame dimension hold a known constant."""
+    mask = analysis.state.mask(value)
+    constant = analysis.state.constant(value)
+    if constant is None:
+        return np.zeros(mask.shape[dim], bool)
+    return np.asarray(constant.known.all(axis=tuple(other for other in range(mask.ndim) if other != dim)))
+
+
+def reason(analysis: Analysis, index: int) -> str:
+    """Return why something stays, in one line."""
+    cause = analysis.state.causes[index]
+    if cause.node is None:
+        return cause.text
+    return f"{cause.text} {cause.node.op_type} {cause.node.name or ''}".rstrip()
+
+
+def _kind(says: Contraction) -> str:
+    if says.node.op_type in {"Conv", "ConvTranspose"}:
+        return "channels"
+    return "projections" if feeds_heads(says.out) else "neurons"
+
+
+def feeds_heads(value: ir.Value, depth: int = 3) -> bool:
+    """Return whether a tensor's channels are split into heads (a Reshape to four or more axes, a Transpose)."""
+    for node, _ in value.uses():
+        if node.op_type == "Reshape":
+            out = node.outputs[0].shape
+            if out is not None and value.shape is not None and len(out) >= len(value.shape):
+                return True
+        elif node.op_type in {"Add", "Split", "Slice", "Mul", "Squeeze", "Gather"} and depth:
+            if any(feeds_heads(item, depth - 1) for item in node.outputs):
+                return True
+    return False

@@ -1,0 +1,299 @@
+"""Bring a model into the form that the analysis reads.
+
+Functions are inlined, constants become initializers, stale shape annotations are dropped and inferred anew
+(symbolically, by `onnx-shape-inference`), and subgraphs that compute shapes (`Shape -> Gather -> Concat ->
+Reshape`, which exporters write for dynamic sizes) are replaced by what they compute, so that no size that the
+surgery changes is read back from a tensor.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_ir as ir
+import onnx_ir.passes.common as passes
+from onnx_shape_inference import SYM_DATA_KEY, infer_symbolic_shapes
+
+from etp_deploy.surgery.evaluate import evaluate
+from etp_deploy.surgery.shapes import Size
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+# entries that a shape-computing value may have and still be replaced by a constant
+_LARGEST_SHAPE = 64
+_SHAPE_INPUT = {"Reshape": 1, "Expand": 1}
+_ALLOWZERO_OPSET = 14
+_RESOLVED = "etp_deploy.resolved"
+
+
+def prepare(model: ir.Model) -> ir.Model:
+    """Return an equivalent model that the analysis can read; the given one is left alone.
+
+    Weights are shared between the two, not copied.
+    """
+    model = model.clone()
+    _drop_annotations(model)
+    for simplify in (
+        passes.InlinePass(),
+        passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        passes.LiftSubgraphInitializersToMainGraphPass(),
+        passes.IdentityEliminationPass(),
+        passes.RemoveUnusedNodesPass(),
+    ):
+        simplify(model)
+    changed = True
+    while changed:  # a resolved target makes more shapes known, which may resolve more
+        infer_shapes(model)
+        changed = _fold_integers(model.graph) | _resolve_shapes(model.graph)
+        passes.RemoveUnusedNodesPass()(model)
+    return model
+
+
+def infer_shapes(model: ir.Model) -> None:
+    """Infer all shapes in place, symbolic where dynamic."""
+    logger = logging.getLogger("onnx_shape_inference")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        infer_symbolic_shapes(model, warn_on_missing=False)
+    finally:
+        logger.setLevel(level)
+
+
+def _drop_annotations(model: ir.Model) -> None:
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        if value.shape is not None:
+            value.shape = ir.Shape([_clean(dim) for dim in value.shape])
+    for graph in model.graphs():
+        outputs = set(graph.outputs)
+        for node in graph:
+            for value in node.outputs:
+                value.metadata_props.pop(SYM_DATA_KEY, None)
+                if value not in outputs:
+                    value.shape = None
+                    value.type = None
+
+
+def _clean(dim: int | ir.SymbolicDim) -> int | str | None:
+    """Return a dimension whose name, if it has one, is an identifier (TorchScript writes others)."""
+    if isinstance(dim, int) or dim.value is None:
+        return dim if isinstance(dim, int) else None
+    return dim.value if dim.value.isidentifier() else re.sub(r"\W", "_", f"dim_{dim.value}")
+
+
+def shape_data(value: ir.Value | None) -> list[Size] | None:
+    """Return what an integer tensor of sizes holds, entry by entry, where inference knows it."""
+    if value is None:
+        return None
+    if value.is_initializer():
+        return _literal(value)
+    raw = value.metadata_props.get(SYM_DATA_KEY)
+    if raw is None or value.shape is None or len(value.shape) > 1:
+        return _chosen(value)
+    entries = json.loads(raw)
+    if entries is None or any(entry is None for entry in entries):
+        return None
+    return [Size.of(int(entry) if str(entry).lstrip("-").isdigit() else entry) for entry in entries]
+
+
+def _literal(value: ir.Value) -> list[Size] | None:
+    tensor = value.const_value
+    if tensor is None or tensor.dtype != ir.DataType.INT64 or tensor.size > _LARGEST_SHAPE:
+        return None
+    return [Size(int(entry)) for entry in tensor.numpy().reshape(-1)]
+
+
+def _chosen(value: ir.Value) -> list[Size] | None:
+    """Read `Where(Equal(sizes, -1), a, b)`, which TorchScript writes for `expand`: no size is -1."""
+    node = value.producer()
+    if node is None or node.op_type != "Where" or node.inputs[0] is None:
+        return None
+    test = node.inputs[0].producer()
+    if test is None or test.op_type != "Equal":
+        return None
+    sides = [shape_data(side) for side in (*test.inputs, *node.inputs[1:])]
+    if any(side is None for side in sides):
+        return None
+    left, right, yes, no = np.broadcast_arrays(*(np.array(side, object) for side in sides))
+    chosen: list[Size] = []
+    for a, b, if_equal, otherwise in zip(left, right, yes, no, strict=True):
+        if a == b:
+            chosen.append(if_equal)
+        elif _differ(a, b) or _differ(b, a):
+            chosen.append(otherwise)
+        else:
+            return None
+    return chosen
+
+
+def _differ(a: Size, b: Size) -> bool:
+    return b.static is not None and (a.static is not None or b.coefficient < 0)
+
+
+def _fold_integers(graph: ir.Graph) -> bool:
+    """Evaluate nodes that compute small integer tensors from constants alone."""
+    folded = False
+    for node in graph:
+        value = node.outputs[0]
+        if len(node.outputs) != 1 or value.dtype not in {ir.DataType.INT64, ir.DataType.BOOL}:
+            continue
+        arrays = [_small_constant(item) for item in node.inputs]
+        if not arrays or any(array is None for array in arrays) or value.is_graph_output() or not value.uses():
+            continue
+        result = evaluate(node, [array for array in arrays if array is not None])
+        if result is not None and result.size <= _LARGEST_SHAPE:
+            value.replace_all_uses_with(constant(graph, result, f"{value.name}_folded"))
+            folded = True
+    return folded
+
+
+def _small_constant(value: ir.Value | None) -> np.ndarray | None:
+    if value is None or not value.is_initializer() or value.const_value is None:
+        return None
+    return value.const_value.numpy() if value.const_value.size <= _LARGEST_SHAPE else None
+
+
+def _resolve_shapes(graph: ir.Graph) -> bool:
+    changed = False
+    sources = _symbol_sources(graph)
+    for node in graph:
+        for value in node.outputs:
+            changed |= _fold_static(graph, value)
+    for node in list(graph):
+        index = _SHAPE_INPUT.get(node.op_type)
+        if index is None or node.domain != "" or len(node.inputs) <= index:
+            continue
+        target = node.inputs[index]
+        if target is None or target.is_initializer() or target.metadata_props.get(_RESOLVED):
+            continue
+        entries = shape_data(target)
+        if entries is not None:
+            changed |= _rebuild_target(graph, node, index, entries, sources)
+    return changed
+
+
+def _fold_static(graph: ir.Graph, value: ir.Value) -> bool:
+    if value.dtype != ir.DataType.INT64 or value.is_graph_output() or not value.uses():
+        return False
+    entries = shape_data(value)
+    if entries is None or len(entries) > _LARGEST_SHAPE or any(entry.static is None for entry in entries):
+        return False
+    array = np.array([entry.coefficient for entry in entries], np.int64)
+    shape = () if value.shape is not None and len(value.shape) == 0 else (len(entries),)
+    value.replace_all_uses_with(constant(graph, array.reshape(shape), f"{value.name}_static"))
+    return True
+
+
+def constant(graph: ir.Graph, array: np.ndarray, name: str) -> ir.Value:
+    """Add an initializer with a name that is not taken yet."""
+    unique, suffix = name, 0
+    while unique in graph.initializers:
+        suffix += 1
+        unique = f"{name}_{suffix}"
+    value = ir.Value(
+        name=unique,
+        shape=ir.Shape(array.shape),
+        type=ir.TensorType(ir.DataType.from_numpy(array.dtype)),
+        const_value=ir.Tensor(array, name=unique),
+    )
+    graph.register_initializer(value)
+    return value
+
+
+def _symbol_sources(graph: ir.Graph) -> dict[str, tuple[ir.Value, int]]:
+    """Return, for each symbol that is a graph input's own dimension, that input and axis."""
+    sources: dict[str, tuple[ir.Value, int]] = {}
+    for value in graph.inputs:
+        for axis, dim in enumerate(value.shape or ()):
+            size = Size.of(dim)
+            if size.coefficient == 1 and len(size.symbols) == 1:
+                sources.setdefault(size.symbols[0], (value, axis))
+    return sources
+
+
+def _rebuild_target(
+    graph: ir.Graph, node: ir.Node, index: int, entries: list[Size], sources: dict[str, tuple[ir.Value, int]]
+) -> bool:
+    """Write a Reshape's or Expand's target anew from its entries, as a constant wherever that is possible."""
+    reshape = node.op_type == "Reshape"
+    data = node.inputs[0]
+    shape = [Size.of(dim) for dim in data.shape] if data is not None and data.shape is not None else []
+    out = node.outputs[0].shape
+    # a literal -1 means what inference made of it
+    wanted = [
+        Size.of(dim) if reshape and entry == Size(-1) and out is not None else entry
+        for entry, dim in zip(entries, out or entries, strict=False)
+    ]
+    if any(size == Size(0) for size in wanted):
+        return False
+    values: list[int | Size] = []
+    for position, size in enumerate(wanted):
+        if size.static is not None:
+            values.append(size.coefficient)
+        elif reshape and position < len(shape) and shape[position] == size:
+            values.append(0)
+        else:
+            values.append(size)
+    unknown = [position for position, value in enumerate(values) if isinstance(value, Size)]
+    if reshape and unknown and -1 not in values:
+        # -1 is best spent on a size that no graph input has as it is
+        values[max(unknown, key=lambda position: str(wanted[position]) not in sources)] = -1
+    pieces = list(_pieces(graph, node, values, sources))
+    if None in pieces:
+        return False
+    if reshape:
+        node.attributes["allowzero"] = ir.AttrInt64("allowzero", 0)
+        if opset(graph) < _ALLOWZERO_OPSET:
+            del node.attributes["allowzero"]
+    target = _concatenated(graph, node, pieces)
+    target.metadata_props[_RESOLVED] = "yes"
+    node.replace_input_with(index, target)
+    return True
+
+
+def opset(graph: ir.Graph) -> int:
+    """Return the version of the default operator set."""
+    return graph.opset_imports.get("", 1)
+
+
+def _concatenated(graph: ir.Graph, node: ir.Node, pieces: list[int | ir.Value | None]) -> ir.Value:
+    name = f"{node.outputs[0].name}_target"
+    if all(isinstance(piece, int) for piece in pieces):
+        return constant(graph, np.array(pieces, np.int64), name)
+    parts = [
+        constant(graph, np.array([piece], np.int64), f"{name}_{position}") if isinstance(piece, int) else piece
+        for position, piece in enumerate(pieces)
+    ]
+    return insert(graph, node, ir.node("Concat", parts, {"axis": 0}), name, len(pieces))
+
+
+def insert(graph: ir.Graph, before: ir.Node, node: ir.Node, name: str, size: int) -> ir.Value:
+    """Insert a node that computes `size` integers in front of another one."""
+    value = node.outputs[0]
+    value.name = name
+    value.type = ir.TensorType(ir.DataType.INT64)
+    value.shape = ir.Shape([size])
+    graph.insert_before(before, node)
+    return value
+
+
+def _pieces(
+    graph: ir.Graph, node: ir.Node, values: list[int | Size], sources: dict[str, tuple[ir.Value, int]]
+) -> Iterator[int | ir.Value | None]:
+    """Yield what each entry is: a number, a size read from one of the graph's inputs, or None if neither."""
+    for position, size in enumerate(values):
+        if isinstance(size, int):
+            yield size
+        elif str(size) in sources:
+            value, axis = sources[str(size)]
+            name = f"{node.outputs[0].name}_size_{position}"
+            shape = insert(graph, node, ir.node("Shape", [value]), f"{name}_of", len(value.shape or ()))
+            where = constant(graph, np.array([axis], np.int64), f"{name}_axis")
+            yield insert(graph, node, ir.node("Gather", [shape, where], {"axis": 0}), name, 1)
+        else:
+            yield None

@@ -1,0 +1,192 @@
+"""Apply a plan's edits to a model: the only module that changes graphs beyond their shapes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_ir as ir
+import onnx_ir.passes.common as passes
+
+from etp_deploy.errors import PlanError
+from etp_deploy.surgery.prepare import constant
+from etp_deploy.surgery.statements.base import (
+    AddVector,
+    Edit,
+    GatherInput,
+    SetAttribute,
+    SetInput,
+    SetShape,
+    SetSlice,
+    SliceInput,
+    array_of,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from etp_deploy.surgery.shapes import Size
+
+
+class Rewriter:
+    """Applies edits to one graph; equal cuts of one initializer stay one initializer."""
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self.graph = graph
+        self._cut: dict[tuple[str, bytes], ir.Value] = {}
+
+    def apply(self, edits: Sequence[tuple[ir.Node, tuple[Edit, ...]]]) -> None:
+        """Apply all edits; vectors to add come last, since they may join an initializer that was cut."""
+        for node, changes in edits:
+            for change in changes:
+                if not isinstance(change, AddVector):
+                    self._apply(node, change)
+        for node, changes in edits:
+            for change in changes:
+                if isinstance(change, AddVector):
+                    self._add_vector(node, change)
+
+    def _apply(self, node: ir.Node, edit: Edit) -> None:
+        match edit:
+            case SetInput(index, array):
+                self._set_input(node, index, array)
+            case SliceInput(index, takes):
+                self._slice_input(node, index, takes)
+            case GatherInput(index, split, indices, merged):
+                array = self._array(node, index).reshape(split)[indices].reshape(merged)
+                self._set_input(node, index, array)
+            case SetAttribute(name, value):
+                made = ir.AttrInt64(name, value) if isinstance(value, int) else ir.AttrInt64s(name, value)
+                node.attributes[name] = made
+            case SetShape(index, sizes):
+                self._set_shape(node, index, sizes)
+            case SetSlice():
+                self._set_slice(node, edit)
+            case _:
+                raise PlanError(f"an edit of an unknown kind: {type(edit).__name__}")
+
+    def _array(self, node: ir.Node, index: int) -> np.ndarray:
+        array = array_of(node.inputs[index])
+        assert array is not None
+        return array
+
+    def _set_input(self, node: ir.Node, index: int, array: np.ndarray) -> None:
+        old = node.inputs[index] if index < len(node.inputs) else None
+        name = old.name if old is not None and old.name else f"{node.outputs[0].name}_{index}"
+        if index >= len(node.inputs):
+            node.resize_inputs(index + 1)
+        node.replace_input_with(index, constant(self.graph, array, name))
+
+    def _slice_input(self, node: ir.Node, index: int, takes: tuple[tuple[int, np.ndarray], ...]) -> None:
+        old = node.inputs[index]
+        assert old is not None
+        key = (old.name or "", b"".join(bytes([axis]) + np.ascontiguousarray(line).tobytes() for axis, line in takes))
+        if key not in self._cut:
+            array = self._array(node, index)
+            for axis, line in takes:
+                array = np.take(array, line, axis=axis)
+            self._cut[key] = constant(self.graph, array, old.name or f"{node.outputs[0].name}_{index}")
+        node.replace_input_with(index, self._cut[key])
+
+    def _set_shape(self, node: ir.Node, index: int, sizes: tuple[tuple[Size, bool], ...]) -> None:
+        target = node.inputs[index]
+        assert target is not None
+        literal = array_of(target)
+        if literal is not None:
+            self._set_input(node, index, _new_literal(literal, sizes, node))
+            return
+        concat = target.producer()
+        if concat is None or concat.op_type != "Concat" or len(concat.inputs) != len(sizes):
+            raise PlanError("a target shape is computed in a way that cannot be changed", where=node.name or "")
+        parts = [
+            constant(self.graph, np.array([size.coefficient], np.int64), f"{target.name}_{position}")
+            if changed and size.static is not None
+            else part
+            for position, (part, (size, changed)) in enumerate(zip(concat.inputs, sizes, strict=True))
+        ]
+        fresh = ir.node("Concat", parts, {"axis": 0})
+        fresh.outputs[0].name = f"{target.name}_{node.outputs[0].name}"
+        fresh.outputs[0].type, fresh.outputs[0].shape = target.type, target.shape
+        self.graph.insert_before(node, fresh)
+        node.replace_input_with(index, fresh.outputs[0])
+
+    def _set_slice(self, node: ir.Node, edit: SetSlice) -> None:
+        starts, stops = self._array(node, 1).copy(), self._array(node, 2).copy()
+        axes = self._array(node, 3) if len(node.inputs) > 3 and node.inputs[3] is not None else np.arange(len(starts))
+        rank = len(node.outputs[0].shape or ())
+        place = [int(axis) % rank for axis in axes].index(edit.axis)
+        starts[place], stops[place] = edit.start, edit.stop
+        self._set_input(node, 1, starts)
+        self._set_input(node, 2, stops)
+        if len(node.inputs) > 4 and node.inputs[4] is not None:
+            steps = self._array(node, 4).copy()
+            steps[place] = edit.step
+            self._set_input(node, 4, steps)
+
+    def _add_vector(self, node: ir.Node, edit: AddVector) -> None:
+        """Add into the bias that follows (a Linear is MatMul and Add), or behind the node where there is none."""
+        out = node.outputs[0]
+        rank = len(out.shape or ())
+        users = list(out.uses())
+        if len(users) == 1 and not out.is_graph_output() and users[0][0].op_type == "Add" and edit.axis == rank - 1:
+            user, place = users[0]
+            other = array_of(user.inputs[1 - place])
+            if other is not None and other.ndim == 1 and other.shape == edit.vector.shape:
+                total = (other.astype(np.float64) + edit.vector.astype(np.float64)).astype(other.dtype)
+                self._set_input(user, 1 - place, total)
+                return
+        shape = [1] * (rank - edit.axis)
+        shape[0] = -1
+        vector = constant(self.graph, edit.vector.reshape(shape), f"{out.name}_constant")
+        add = ir.node("Add", [out, vector])
+        add.outputs[0].type = out.type
+        output_places = [place for place, value in enumerate(self.graph.outputs) if value is out]
+        if output_places:
+            add.outputs[0].name, out.name = out.name, f"{out.name}_before_constant"
+            add.outputs[0].shape = out.shape
+        else:
+            add.outputs[0].name = f"{out.name}_with_constant"
+        for user, place in users:
+            user.replace_input_with(place, add.outputs[0])
+        for place in output_places:
+            self.graph.outputs[place] = add.outputs[0]
+        self.graph.insert_after(node, add)
+
+
+def _new_literal(literal: np.ndarray, sizes: tuple[tuple[Size, bool], ...], node: ir.Node) -> np.ndarray:
+    """Return a constant target with the changed entries replaced."""
+    values = [int(entry) for entry in literal]
+    for position, (size, changed) in enumerate(sizes):
+        if not changed or values[position] == -1:
+            continue
+        if size.static is not None:
+            values[position] = size.coefficient
+        elif values[position] != 0 and -1 not in values:
+            values[position] = -1
+        else:
+            raise PlanError("a target shape has more than one open entry", where=node.name or "")
+    # an entry of 0 copies the input's size, which may have changed although the output's did not
+    for position, (size, _) in enumerate(sizes):
+        if values[position] == 0 and size.static is not None:
+            values[position] = size.coefficient
+    return np.array(values, np.int64)
+
+
+def rewrite(model: ir.Model, edits: Sequence[tuple[ir.Node, tuple[Edit, ...]]]) -> None:
+    """Apply edits to a prepared model, in place, and drop what nothing uses any more."""
+    Rewriter(model.graph).apply(edits)
+    for value in (value for node in model.graph for value in node.outputs):
+        if not value.is_graph_output():
+            value.shape = None
+    passes.RemoveUnusedNodesPass()(model)
+
+
+def restore_interface(model: ir.Model, original: ir.Model) -> None:
+    """Give the inputs and outputs back the shapes that the original declares (their sizes never change)."""
+    for graph_values, originals in (
+        (model.graph.inputs, original.graph.inputs),
+        (model.graph.outputs, original.graph.outputs),
+    ):
+        for value, source in zip(graph_values, originals, strict=True):
+            value.shape = source.shape
+            value.type = source.type

@@ -1,0 +1,17 @@
+"""One rule an operator; one file a family. Importing this package registers all of them."""
+
+from etp_deploy.surgery.rules import convolution, elementwise, linear, movement, normalization, reduction
+from etp_deploy.surgery.rules.registry import RefusedError, covered, rule, statement
+
+__all__ = [
+    "RefusedError",
+    "convolution",
+    "covered",
+    "elementwise",
+    "linear",
+    "movement",
+    "normalization",
+    "reduction",
+    "rule",
+    "statement",
+]

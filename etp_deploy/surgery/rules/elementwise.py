@@ -1,0 +1,99 @@
+"""Operators that compute each entry from the entries at the same place."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from etp_deploy.surgery.rules.common import broadcast_maps, rank, same_axes
+from etp_deploy.surgery.rules.registry import rule
+from etp_deploy.surgery.statements.base import Statement, array_of
+from etp_deploy.surgery.statements.pointwise import Pointwise
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+UNARY = (
+    *("Abs", "Acos", "Acosh", "Asin", "Asinh", "Atan", "Atanh", "Ceil", "Celu", "Cos", "Cosh", "Elu", "Erf", "Exp"),
+    *("Floor", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu", "Log", "Mish", "Neg", "Not", "Reciprocal", "Relu"),
+    *("Round", "Selu", "Sigmoid", "Sign", "Sin", "Sinh", "Softplus", "Softsign", "Sqrt", "Swish", "Tan", "Tanh"),
+    *("ThresholdedRelu", "Cast", "IsInf", "IsNaN", "Shrink", "BitwiseNot"),
+)
+BINARY = (
+    *("Add", "Sub", "Div", "Pow", "PRelu", "Max", "Min", "Mean", "Sum", "Mod", "BitShift"),
+    *("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "And", "Or", "Xor"),
+    *("BitwiseAnd", "BitwiseOr", "BitwiseXor"),
+)
+
+
+@rule(*UNARY)
+def unary(node: ir.Node) -> Statement:
+    """y[...] = f(x[...])"""
+    return Pointwise(node, {0: same_axes(rank(node.inputs[0]))})
+
+
+@rule("Identity", "Dropout")
+def identity(node: ir.Node) -> Statement:
+    """y[...] = x[...]"""
+    return Pointwise(node, {0: same_axes(rank(node.inputs[0]))}, constants="pass")
+
+
+@rule("Clip")
+def clip(node: ir.Node) -> Statement:
+    """y[...] = min(max(x[...], low), high)"""
+    return Pointwise(node, {0: same_axes(rank(node.inputs[0]))})
+
+
+@rule(*BINARY)
+def binary(node: ir.Node) -> Statement:
+    """y[...] = f(a[...], b[...], ...), broadcast"""
+    return Pointwise(node, broadcast_maps(node))
+
+
+@rule("Mul")
+def multiply(node: ir.Node) -> Statement:
+    """y[...] = a[...] * b[...], broadcast; zero times anything finite is zero"""
+    return Pointwise(node, broadcast_maps(node), absorbing=(0, 1))
+
+
+@rule("Where")
+def where(node: ir.Node) -> Statement:
+    """y[...] = a[...] if condition[...] else b[...], broadcast"""
+    guarded = _guarded_softmax(node)
+    return Pointwise(node, broadcast_maps(node), stochastic=guarded)
+
+
+def _guarded_softmax(node: ir.Node) -> int | None:
+    """Recognise `Where(IsNaN(p), 0, p)` with p a Softmax that cannot be NaN; return the axis that sums to one.
+
+    Exporters write it for masked attention. A Softmax is NaN only where its whole row is minus infinity, which
+    a finite mask value cannot make.
+    """
+    test, value = node.inputs[0], node.inputs[2]
+    producer = None if test is None else test.producer()
+    softmax = None if value is None else value.producer()
+    if producer is None or producer.op_type != "IsNaN" or producer.inputs[0] is not value:
+        return None
+    if softmax is None or softmax.op_type != "Softmax" or may_be_infinite(softmax.inputs[0]):
+        return None
+    axis = softmax.attributes.get_int("axis", -1)
+    return axis if axis >= 0 else axis + rank(value)
+
+
+_FINITE_SOURCES = {"MatMul", "Gemm", "Conv", "Softmax", "LayerNormalization", "Sigmoid", "Tanh"}
+
+
+def may_be_infinite(value: ir.Value | None, depth: int = 8) -> bool:
+    """Return whether a constant infinity can reach a tensor (inputs and activations are taken to be finite)."""
+    if value is None:
+        return False
+    array = array_of(value)
+    if array is not None:
+        return bool(array.dtype.kind == "f" and not np.isfinite(array).all())
+    node = value.producer()
+    if node is None or node.op_type in _FINITE_SOURCES:
+        return False
+    if depth == 0:
+        return True
+    return any(may_be_infinite(item, depth - 1) for item in node.inputs)

@@ -1,0 +1,52 @@
+"""Matrix products."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from etp_deploy.surgery.rules.common import attribute, constant_at, input_at, rank
+from etp_deploy.surgery.rules.registry import RefusedError, rule
+from etp_deploy.surgery.statements.base import Statement, array_of
+from etp_deploy.surgery.statements.contraction import Contraction, Weight
+from etp_deploy.surgery.statements.product import Product
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+
+@rule("MatMul")
+def matmul(node: ir.Node) -> Statement:
+    """y[..., n, m] = sum_k a[..., n, k] * b[..., k, m]"""
+    first, second = array_of(node.inputs[0]), array_of(node.inputs[1])
+    if second is not None and second.ndim == 2 and first is None:
+        axis = rank(node.inputs[0]) - 1
+        weight = Weight(1, out=1, contracted=0)
+        return Contraction(node, data=0, data_axis=axis, out_axis=axis, weight=weight, bias=None)
+    if first is not None and first.ndim == 2 and second is None and rank(node.inputs[1]) >= 2:
+        axis = rank(node.inputs[1]) - 2
+        weight = Weight(0, out=0, contracted=1)
+        return Contraction(node, data=1, data_axis=axis, out_axis=axis, weight=weight, bias=None)
+    return Product(node)
+
+
+@rule("Gemm")
+def gemm(node: ir.Node) -> Statement:
+    """y[n, m] = alpha * sum_k a[n, k] * b[k, m] + beta * c[m], with a or b transposed on request"""
+    constant_at(node, 1, "the weight is")
+    if input_at(node, 2) is not None and constant_at(node, 2, "the bias is").ndim == 2:
+        rows = constant_at(node, 2, "the bias is").shape[0]
+        if rows != 1:
+            raise RefusedError("the bias differs from row to row")
+    beta = float(attribute(node, "beta", 1.0))
+    if beta == 0.0:
+        raise RefusedError("the bias is switched off (beta is 0)")
+    weight = Weight(1, out=0, contracted=1) if attribute(node, "transB", 0) else Weight(1, out=1, contracted=0)
+    return Contraction(
+        node,
+        data=0,
+        data_axis=0 if attribute(node, "transA", 0) else 1,
+        out_axis=1,
+        weight=weight,
+        bias=2,
+        bias_scale=float(attribute(node, "alpha", 1.0)) / beta,
+    )

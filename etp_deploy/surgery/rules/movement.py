@@ -1,0 +1,166 @@
+"""Operators that move entries without computing."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from etp_deploy.surgery.rules.common import attribute, constant_at, input_at, normal_axis, rank, same_axes, static
+from etp_deploy.surgery.rules.registry import RefusedError, rule
+from etp_deploy.surgery.statements.base import Statement, array_of
+from etp_deploy.surgery.statements.moves import Expand, Permute, Reshape
+from etp_deploy.surgery.statements.opaque import Opaque
+from etp_deploy.surgery.statements.pointwise import Pointwise
+from etp_deploy.surgery.statements.select import Select
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+
+@rule("Reshape")
+def reshape(node: ir.Node) -> Statement:
+    """y = x under another shape, entries in the same order"""
+    return Reshape(node, target=1)
+
+
+@rule("Flatten", "Squeeze", "Unsqueeze")
+def flatten(node: ir.Node) -> Statement:
+    """y = x with axes merged, dropped or added, entries in the same order"""
+    return Reshape(node)
+
+
+@rule("Transpose")
+def transpose(node: ir.Node) -> Statement:
+    """y[perm(...)] = x[...]"""
+    axes = rank(node.inputs[0])
+    return Permute(node, tuple(attribute(node, "perm", tuple(reversed(range(axes))))))
+
+
+@rule("Expand")
+def expand(node: ir.Node) -> Statement:
+    """y[...] = x[...], repeated along axes of size 1"""
+    return Expand(node)
+
+
+@rule("Concat")
+def concat(node: ir.Node) -> Statement:
+    """y[..., offset + j, ...] = x_i[..., j, ...]"""
+    axis = normal_axis(int(attribute(node, "axis", 0)), rank(node.outputs[0]))
+    pieces = []
+    for index, value in enumerate(node.inputs):
+        size = value.shape[axis] if value is not None and value.shape is not None else None
+        pieces.append((index, np.arange(size if isinstance(size, int) else 1)))
+    return Select(node, axis, [pieces], how="concat")
+
+
+@rule("Split")
+def split(node: ir.Node) -> Statement:
+    """y_i[..., j, ...] = x[..., offset + j, ...]"""
+    axis = normal_axis(int(attribute(node, "axis", 0)), rank(node.inputs[0]))
+    sizes = [static(value, axis) for value in node.outputs]
+    bounds = np.cumsum([0, *sizes])
+    parts = [[(0, np.arange(low, high))] for low, high in zip(bounds[:-1], bounds[1:], strict=True)]
+    return Select(node, axis, parts, how="split")
+
+
+@rule("Slice")
+def slice_(node: ir.Node) -> Statement:
+    """y[..., j, ...] = x[..., start + j * step, ...]"""
+    data = node.inputs[0]
+    axes, bounds = _slice_bounds(node, rank(data))
+    sliced = [axis for axis in axes if _cuts(node, axis, bounds[axis])]
+    if not sliced:
+        return Pointwise(node, {0: same_axes(rank(data))}, constants="pass")
+    if len(sliced) > 1:
+        raise RefusedError("a slice along several axes at once")
+    axis = sliced[0]
+    size = data.shape[axis] if data is not None and data.shape is not None else None
+    if not isinstance(size, int):
+        return Pointwise(node, {0: same_axes(rank(data), axis)}, constants="pass", whole="sliced along")
+    start, stop, step = bounds[axis]
+    return Select(node, axis, [[(0, np.arange(size)[slice(start, stop, step)])]], how="slice")
+
+
+def _slice_bounds(node: ir.Node, axes: int) -> tuple[list[int], dict[int, tuple[int, int | None, int]]]:
+    """Return the axes that are sliced and, for each, start, stop and step as numpy takes them."""
+    if "starts" in node.attributes:  # opset 9 and before
+        raise RefusedError("a Slice of an opset before 10")
+    starts, stops = constant_at(node, 1, "its start is"), constant_at(node, 2, "its end is")
+    named = constant_at(node, 3, "its axes are") if input_at(node, 3) is not None else np.arange(len(starts))
+    steps = constant_at(node, 4, "its steps are") if input_at(node, 4) is not None else np.ones(len(starts), int)
+    bounds = {}
+    for axis, start, stop, step in zip(named, starts, stops, steps, strict=True):
+        if step < 0:
+            raise RefusedError("a slice that runs backwards")
+        bounds[normal_axis(int(axis), axes)] = (int(start), int(stop), int(step))
+    return list(bounds), bounds
+
+
+def _cuts(node: ir.Node, axis: int, bounds: tuple[int, int | None, int]) -> bool:
+    """Return whether a slice leaves anything out along an axis."""
+    value = node.inputs[0]
+    size = value.shape[axis] if value is not None and value.shape is not None else None
+    start, stop, step = bounds
+    if isinstance(size, int):
+        return len(range(size)[slice(start, stop, step)]) != size
+    return not (start == 0 and step == 1 and stop is not None and stop >= np.iinfo(np.int32).max)
+
+
+def gather_channels(node: ir.Node, axis: int) -> Statement:
+    """y[..., j, ...] = x[..., indices[j], ...] with constant indices"""
+    indices = constant_at(node, 1, "its indices are")
+    data = node.inputs[0]
+    if indices.ndim > 1:
+        raise RefusedError("it gathers by a table of indices")
+    size = data.shape[axis] if data is not None and data.shape is not None else None
+    if not isinstance(size, int):
+        return _gather_unlabelled(node, axis, indices.ndim)
+    flat = indices.reshape(-1).astype(np.int64) % size
+    if len(np.unique(flat)) != len(flat):
+        raise RefusedError("it gathers an index more than once")
+    return Select(node, axis, [[(0, flat)]], drop=indices.ndim == 0, how="gather")
+
+
+def _gather_unlabelled(node: ir.Node, axis: int, between: int) -> Statement:
+    axes = tuple(
+        None if own == axis else (own if own < axis else own + between - 1) for own in range(rank(node.inputs[0]))
+    )
+    return Pointwise(node, {0: axes}, constants="pass", whole="indexed along")
+
+
+@rule("Gather")
+def gather(node: ir.Node) -> Statement:
+    """y[..., j, ...] = x[..., indices[j], ...]: channels by constant indices, or rows of a table"""
+    data = node.inputs[0]
+    axis = normal_axis(int(attribute(node, "axis", 0)), rank(data))
+    if array_of(node.inputs[1]) is not None and array_of(data) is None:
+        return gather_channels(node, axis)
+    between = rank(node.inputs[1])
+    places = tuple(
+        None if own == axis else (own if own < axis else own + between - 1) for own in range(rank(data))
+    )
+    columns = tuple(place for place in places if place is not None) if array_of(data) is not None else ()
+    return Pointwise(node, {0: places}, constants="pass", whole="indexed along", fresh=columns)
+
+
+@rule("Shape", "Size")
+def shape(node: ir.Node) -> Statement:
+    """y = sizes of x; what is read afterwards must not change"""
+    return Opaque(node, "its size is read while the model runs", axes=_axes_read(node))
+
+
+def _axes_read(node: ir.Node) -> tuple[int, ...] | None:
+    """Return which of a Shape's entries are used, or None for all."""
+    axes = rank(node.inputs[0])
+    if node.op_type == "Size" or node.outputs[0].is_graph_output():
+        return None
+    first = normal_axis(int(attribute(node, "start", 0)), axes)
+    last = min(normal_axis(int(attribute(node, "end", axes)), axes), axes)
+    read: set[int] = set()
+    for user, _ in node.outputs[0].uses():
+        picked = array_of(user.inputs[1]) if user.op_type == "Gather" else None
+        if picked is None:
+            return tuple(range(first, last))
+        read.update(range(first, last)[int(index)] for index in picked.reshape(-1))
+    return tuple(sorted(read))

@@ -1,0 +1,64 @@
+"""Reductions."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from etp_deploy.surgery.rules.common import attribute, constant_at, input_at, normal_axis, rank
+from etp_deploy.surgery.rules.registry import rule
+from etp_deploy.surgery.statements.base import Statement
+from etp_deploy.surgery.statements.pointwise import Constants, Pointwise
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+
+def _reduced(node: ir.Node) -> list[int]:
+    axes = rank(node.inputs[0])
+    if input_at(node, 1) is not None:
+        listed = [int(axis) for axis in constant_at(node, 1, "its axes are").reshape(-1)]
+    else:
+        listed = [int(axis) for axis in attribute(node, "axes", ())]
+    if not listed and attribute(node, "noop_with_empty_axes", 0):
+        return []
+    return sorted(normal_axis(axis, axes) for axis in listed) or list(range(axes))
+
+
+def _reduction(node: ir.Node, constants: Constants) -> Statement:
+    reduced = _reduced(node)
+    axes = rank(node.inputs[0])
+    keepdims = bool(attribute(node, "keepdims", 1))
+    kept = [axis for axis in range(axes) if axis not in reduced]
+    places = {axis: axis if keepdims else place for place, axis in enumerate(kept)}
+    axis_map = tuple(places.get(axis) for axis in range(axes))
+    return Pointwise(node, {0: axis_map}, constants=constants, whole=f"{node.op_type} reads this axis as a whole")
+
+
+@rule("ReduceMean", "ReduceMax", "ReduceMin")
+def reduce_to_itself(node: ir.Node) -> Statement:
+    """y = mean, maximum or minimum of x over axes; a constant stays itself"""
+    return _reduction(node, "pass")
+
+
+@rule("ReduceSum", "ReduceSumSquare", "ReduceL1", "ReduceL2")
+def reduce_sum(node: ir.Node) -> Statement:
+    """y = sum or norm of x over axes; only zero stays itself"""
+    return _reduction(node, "zero")
+
+
+@rule("ReduceProd", "ReduceLogSum", "ReduceLogSumExp")
+def reduce_other(node: ir.Node) -> Statement:
+    """y = product or logarithm of a sum of x over axes"""
+    return _reduction(node, "none")
+
+
+@rule("ArgMax", "ArgMin")
+def arg(node: ir.Node) -> Statement:
+    """y = place of the extreme entry along an axis"""
+    axes = rank(node.inputs[0])
+    axis = normal_axis(int(attribute(node, "axis", 0)), axes)
+    keepdims = bool(attribute(node, "keepdims", 1))
+    kept = [other for other in range(axes) if other != axis]
+    places = {other: other if keepdims else place for place, other in enumerate(kept)}
+    maps = {0: tuple(places.get(other) for other in range(axes))}
+    return Pointwise(node, maps, constants="none", whole=f"{node.op_type} compares along this axis")

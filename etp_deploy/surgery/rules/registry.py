@@ -1,0 +1,54 @@
+"""Which rule speaks for which operator."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeVar
+
+from etp_deploy.surgery.statements.opaque import Opaque
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import onnx_ir as ir
+
+    from etp_deploy.surgery.statements.base import Statement
+
+    Rule = Callable[["ir.Node"], "Statement"]
+
+RuleType = TypeVar("RuleType", bound="Rule")
+
+_RULES: dict[tuple[str, str], Rule] = {}
+
+
+class RefusedError(Exception):
+    """A rule that does not cover this form of its operator says why; the node's tensors are then pinned."""
+
+
+def rule(*operators: str, domain: str = "") -> Callable[[RuleType], RuleType]:
+    """Register a function as the rule of some operators of a domain."""
+
+    def register(function: RuleType) -> RuleType:
+        for operator in operators:
+            assert (domain, operator) not in _RULES, f"two rules for {operator}"
+            _RULES[domain, operator] = function
+        return function
+
+    return register
+
+
+def covered() -> list[tuple[str, str]]:
+    """Return every operator that has a rule, as (domain, operator)."""
+    return sorted(_RULES)
+
+
+def statement(node: ir.Node) -> Statement:
+    """Return what a node says about its tensors; a node without a rule pins them."""
+    if any(attribute.type.name in {"GRAPH", "GRAPHS"} for attribute in node.attributes.values()):
+        return Opaque(node, f"{node.op_type} has a body of its own")
+    function = _RULES.get(("" if node.domain == "ai.onnx" else node.domain, node.op_type))
+    if function is None:
+        return Opaque(node, f"no rule for the operator {node.domain + '.' if node.domain else ''}{node.op_type}")
+    try:
+        return function(node)
+    except RefusedError as refused:
+        return Opaque(node, str(refused))

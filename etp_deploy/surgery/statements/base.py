@@ -1,0 +1,151 @@
+"""The interface between an operator's statement and the stages of the surgery."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from etp_deploy.surgery.shapes import Size, frame, plain
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import onnx_ir as ir
+
+    from etp_deploy.surgery.state import State
+
+
+@dataclass(frozen=True)
+class SetInput:
+    """Replace a node's initializer input by another array."""
+
+    index: int
+    array: np.ndarray
+
+
+@dataclass(frozen=True)
+class SliceInput:
+    """Cut a node's initializer input: along each axis named, take these indices in this order."""
+
+    index: int
+    takes: tuple[tuple[int, np.ndarray], ...]
+
+
+@dataclass(frozen=True)
+class GatherInput:
+    """Cut an initializer input whose axes cannot be cut one by one: `array.reshape(split)[indices].reshape(merged)`."""
+
+    index: int
+    split: tuple[int, ...]
+    indices: tuple[np.ndarray, ...]
+    merged: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class SetAttribute:
+    """Set an integer or integer-list attribute of a node."""
+
+    name: str
+    value: int | tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class SetShape:
+    """Rewrite the entries of a target shape whose axes changed; each axis's new size, and whether it changed."""
+
+    index: int
+    sizes: tuple[tuple[Size, bool], ...]
+
+
+@dataclass(frozen=True)
+class SetSlice:
+    """Set a Slice's bounds along one axis."""
+
+    axis: int
+    start: int
+    stop: int
+    step: int
+
+
+@dataclass(frozen=True)
+class AddVector:
+    """Add a constant vector along an axis of a node's output."""
+
+    axis: int
+    vector: np.ndarray
+
+
+Edit = SetInput | SliceInput | GatherInput | SetAttribute | SetShape | SetSlice | AddVector
+
+
+class Statement:
+    """How one node relates the channels of its inputs and outputs.
+
+    The stages call the methods in this order: `structure` and `constants` once, walking forward; `spread` and
+    `repair` until nothing grows; `layout` walking forward; `edits` at the end.
+    """
+
+    def __init__(self, node: ir.Node) -> None:
+        self.node = node
+
+    def structure(self, state: State) -> None:
+        """Say which axes of the outputs are labelled, and pin what this node cannot let go."""
+        raise NotImplementedError
+
+    def constants(self, state: State) -> None:
+        """Say which channels of the outputs are known constants."""
+
+    def spread(self, state: State) -> None:
+        """Carry kept positions across the node, both ways."""
+
+    def repair(self, state: State) -> bool:
+        """Keep what a valid tensor needs beyond liveness (equal counts); say whether anything grew."""
+        del state
+        return False
+
+    def carry(self, state: State) -> bool:
+        """Keep a channel that stands for removed constants which nothing else can hold; say whether it grew."""
+        del state
+        return False
+
+    def layout(self, state: State) -> None:
+        """Say in which order the kept positions stand in the outputs.
+
+        Raises:
+            ConflictError: where inputs that must line up do not.
+        """
+        for value in self.node.outputs:
+            default_layout(state, value)
+
+    def check(self, state: State) -> None:
+        """Raise a conflict where the rewritten node could not express what its outputs' layouts say.
+
+        Raises:
+            ConflictError: with the tensors concerned.
+        """
+
+    def edits(self, state: State) -> Iterator[Edit]:
+        """Yield what the rewrite must change at this node."""
+        del state
+        yield from ()
+
+
+def default_layout(state: State, value: ir.Value) -> None:
+    """Lay out a tensor of which all stays."""
+    structure = state.structure(value)
+    shape = frame(structure) if structure is not None else ()
+    state.layouts[value] = np.arange(int(np.prod(shape, dtype=np.int64))).reshape(shape)
+
+
+def set_plain(state: State, value: ir.Value) -> None:
+    """Give an output the structure in which nothing can be removed."""
+    state.set_structure(value, None if value.shape is None else plain(value.shape))
+
+
+def array_of(value: ir.Value | None) -> np.ndarray | None:
+    """Return an initializer's array (memory-mapped where it is external), or None for any other tensor."""
+    if value is None or not value.is_initializer() or value.const_value is None:
+        return None
+    return value.const_value.numpy()

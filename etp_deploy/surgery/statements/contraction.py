@@ -1,0 +1,577 @@
+"""Operators that contract an axis with a constant weight: Conv, ConvTranspose, Gemm, MatMul.
+
+`y[..., o, ...] = sum_i x[..., i, ...] * w[o, i, ...] + b[o]`, with groups and kernels where the operator has them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from etp_deploy.surgery.shapes import Axis, Structure, frame, frame_dims, has_labels, labelled, plain, unlabelled
+from etp_deploy.surgery.state import Cause, ConflictError, coordinates, nested_fill
+from etp_deploy.surgery.statements.base import (
+    AddVector,
+    Edit,
+    SetAttribute,
+    SetInput,
+    Statement,
+    array_of,
+    default_layout,
+    set_plain,
+)
+from etp_deploy.surgery.statements.pointwise import missing_rows
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import onnx_ir as ir
+
+    from etp_deploy.surgery.state import State
+
+
+@dataclass(frozen=True)
+class Weight:
+    """Where a contraction finds its weight and what its axes mean.
+
+    Attributes:
+        index: the weight's input number.
+        out: the axis of output channels.
+        contracted: the axis of input channels (of each group).
+        groups: how many groups there are.
+        transposed: whether the groups lie along the input axis (ConvTranspose) instead of the output axis.
+    """
+
+    index: int
+    out: int
+    contracted: int
+    groups: int = 1
+    transposed: bool = False
+
+
+class Contraction(Statement):
+    """A contraction of one axis of a tensor with a constant weight.
+
+    Args:
+        node: the node.
+        data: the input number of the tensor.
+        data_axis: its contracted axis.
+        out_axis: the output axis of the weight's output channels.
+        weight: the weight.
+        bias: the input number of the bias, whose last axis is the output channel; None if the operator has none.
+        bordered: why a constant channel does not give a constant output (zero padding); empty if it does.
+        bias_scale: what a sum over channels is multiplied by before it may be added to the bias (Gemm).
+    """
+
+    def __init__(
+        self,
+        node: ir.Node,
+        *,
+        data: int,
+        data_axis: int,
+        out_axis: int,
+        weight: Weight,
+        bias: int | None,
+        bordered: bool = False,
+        bias_scale: float = 1.0,
+    ) -> None:
+        super().__init__(node)
+        value = node.inputs[data]
+        assert value is not None
+        self.data = value
+        self.out = node.outputs[0]
+        self.data_axis = data_axis
+        self.out_axis = out_axis
+        self.weight = weight
+        self.bias = bias
+        self.bordered = bordered
+        self.bias_scale = bias_scale
+        self.active = False
+        self._seen: np.ndarray | None = None
+        self._constants: tuple[np.ndarray, np.ndarray] | None = None
+
+    # structure
+
+    def structure(self, state: State) -> None:
+        """The output channels are labelled anew; other axes pass where they do not mix (batch, sequence, heads)."""
+        structure, shape = state.structure(self.data), self.out.shape
+        if structure is None or shape is None:
+            state.pin(self.data, None, "shapes are not known here", self.node)
+            set_plain(state, self.out)
+            return
+        for axis, factors in enumerate(structure):
+            if has_labels(factors) and axis != self.data_axis and not self._passes(axis):
+                state.pin(self.data, axis, "the operator mixes positions along this axis", self.node)
+        if self.weight.groups > 1 and has_labels(structure[self.data_axis]) and len(structure[self.data_axis]) > 1:
+            state.pin(self.data, self.data_axis, "groups do not follow the merged axis", self.node)
+            structure = _without_labels(structure, self.data_axis)
+        out = list(plain(shape))
+        for axis in range(len(out)):
+            source = self._source_axis(axis)
+            if source is not None and self._passes(source):
+                out[axis] = structure[source]
+        self._axis: Axis = structure[self.data_axis]
+        self._prepare_weight()
+        outputs = self.nonzero.shape[0] * self.nonzero.shape[1]
+        out[self.out_axis] = labelled(outputs) if outputs > 1 else plain((1,))[0]
+        self.active = True
+        state.set_structure(self.out, tuple(out))
+        self._frames(structure, tuple(out))
+        if len(self._batch) and len(self._data_dims):
+            state.product.add(self.data)
+        if len(self._batch):
+            state.product.add(self.out)
+
+    def _passes(self, axis: int) -> bool:
+        """Whether an axis of the data is an axis of the output, index by index (all but Conv's space)."""
+        return axis != self.data_axis and (self.node.op_type in {"MatMul", "Gemm"} or axis == 0)
+
+    def _source_axis(self, out_axis: int) -> int | None:
+        """Return the data's axis that an output axis comes from; MatMul and Gemm exchange one, Conv keeps all."""
+        if out_axis == self.out_axis:
+            return None
+        if self.node.op_type == "Gemm" and self.data_axis == 0:
+            return 1
+        return out_axis
+
+    def _prepare_weight(self) -> None:
+        """Read the weight as (group, output, input position, the rest), with labels flattened."""
+        array = self._array()
+        grouped = self._grouped(array)
+        groups, outputs = grouped.shape[:2]
+        labels = [factor.size.coefficient if factor.labelled else 1 for factor in self._axis]
+        if has_labels(self._axis):
+            sizes = [f.size.static for f in self._axis]
+            if self.weight.groups == 1 and None not in sizes:
+                split = grouped.reshape(groups, outputs, *[s for s in sizes if s is not None], -1)
+                order = [d + 2 for d, f in enumerate(self._axis) if f.labelled]
+                rest = [d + 2 for d, f in enumerate(self._axis) if not f.labelled]
+                grouped = np.transpose(split, [0, 1, *order, *rest, split.ndim - 1])
+                grouped = grouped.reshape(groups, outputs, int(np.prod(labels)), -1)
+            else:
+                grouped = grouped.reshape(groups, outputs, grouped.shape[2], -1)
+        else:
+            grouped = grouped.reshape(groups, outputs, 1, -1)
+        self._flat = grouped  # a view wherever the layout allows: weights may be memory-mapped
+        self.nonzero = (grouped != 0).any(axis=3)
+
+    def _sums(self, value: np.ndarray) -> np.ndarray:
+        """Return sum_i w[o, i] * value[i] over groups and kernels, as it may be added to the bias."""
+        result = np.zeros(self.nonzero.shape[:2])
+        for group in range(self.nonzero.shape[0]):
+            columns = np.flatnonzero(value[group])
+            if columns.size:
+                weights = self._flat[group][:, columns].sum(axis=2, dtype=np.float64)
+                result[group] = weights @ value[group][columns]
+        return result * self.bias_scale
+
+    def _array(self) -> np.ndarray:
+        array = array_of(self.node.inputs[self.weight.index])
+        assert array is not None
+        return array
+
+    def _grouped(self, array: np.ndarray) -> np.ndarray:
+        """Bring a weight into (group, output of the group, input of the group, kernel...)."""
+        weight = self.weight
+        if weight.transposed:  # (group * input, output of the group, kernel...)
+            split = array.reshape(weight.groups, array.shape[0] // weight.groups, *array.shape[1:])
+            return np.swapaxes(split, 1, 2)
+        moved = np.moveaxis(array, (weight.out, weight.contracted), (0, 1))
+        return moved.reshape(weight.groups, moved.shape[0] // weight.groups, *moved.shape[1:])
+
+    def _ungrouped(self, grouped: np.ndarray) -> np.ndarray:
+        weight = self.weight
+        if weight.transposed:
+            split = np.swapaxes(grouped, 1, 2)
+            return np.ascontiguousarray(split.reshape(-1, *split.shape[2:]))
+        moved = grouped.reshape(-1, *grouped.shape[2:])
+        return np.ascontiguousarray(np.moveaxis(moved, (0, 1), (weight.out, weight.contracted)))
+
+    def _frames(self, structure: Structure, out: Structure) -> None:
+        self._data_frame, self._out_frame = frame(structure), frame(out)
+        dims = frame_dims(structure, self.data_axis)
+        self._data_dims = [dim for dim in dims if self._data_frame[dim] > 1]
+        self._out_dim = frame_dims(out, self.out_axis)[0]
+        self._batch: list[tuple[int, int]] = []
+        for axis in range(len(out)):
+            source = self._source_axis(axis)
+            if source is None or not self._passes(source):
+                continue
+            pairs = zip(frame_dims(structure, source), frame_dims(out, axis), strict=True)
+            self._batch += [pair for pair in pairs if self._data_frame[pair[0]] > 1]
+
+    # one-dimensional views of the masks along the contracted and the output axis
+
+    def _along_data(self, array: np.ndarray, reduce: np.ufunc = np.logical_or) -> np.ndarray:
+        others = tuple(dim for dim in range(array.ndim) if dim not in self._data_dims)
+        return reduce.reduce(array, axis=others).reshape(-1) if array.ndim else array.reshape(1)
+
+    def _along_out(self, array: np.ndarray, reduce: np.ufunc = np.logical_or) -> np.ndarray:
+        others = tuple(dim for dim in range(array.ndim) if dim != self._out_dim)
+        return np.asarray(reduce.reduce(array, axis=others)).reshape(-1)
+
+    def _by_group(self, array: np.ndarray) -> np.ndarray:
+        """View a vector along the contracted axis as (group, input of the group)."""
+        return array.reshape(self.weight.groups, -1)
+
+    def kept_inputs(self, state: State) -> np.ndarray:
+        """Return which input channels stay, as (group, input of the group)."""
+        mask = state.mask(self.data)
+        if not self._data_dims:
+            return np.ones(self.nonzero.shape[::2], bool)
+        return self._by_group(self._along_data(mask))
+
+    def _kept_outputs(self, state: State) -> np.ndarray:
+        return self._along_out(state.mask(self.out)).reshape(self.nonzero.shape[:2])
+
+    def _held(self, state: State) -> tuple[np.ndarray, np.ndarray]:
+        """Return which input channels are known constants, and their values, as (group, input of the group)."""
+        if self._constants is None:
+            self._constants = self._read_constants(state)
+        return self._constants
+
+    def _read_constants(self, state: State) -> tuple[np.ndarray, np.ndarray]:
+        shape = (self.weight.groups, self.nonzero.shape[2])
+        constant = state.constant(self.data)
+        if constant is None or (not self._data_dims and constant.known.size > 1):
+            return np.zeros(shape, bool), np.zeros(shape)
+        known = self._along_data(constant.known, np.logical_and)
+        low = self._along_data(constant.value, np.minimum).astype(np.float64)
+        high = self._along_data(constant.value, np.maximum).astype(np.float64)
+        known = known & (low == high)
+        if known.size == 1 and shape != (1, 1):
+            known, low = np.broadcast_to(known, shape), np.broadcast_to(low, shape)
+        known = known.reshape(shape)
+        return known, np.where(known, low.reshape(shape), 0.0)
+
+    # constants
+
+    def constants(self, state: State) -> None:
+        """An output is known if every input that it reads is; at padded borders only if these are zero."""
+        if not self.active:
+            return
+        known, value = self._held(state)
+        usable = known & (value == 0) if self.bordered else known
+        read_unknown = (self.nonzero & ~usable[:, None, :]).any(axis=2)
+        if read_unknown.all():
+            return
+        result = self._sums(value).reshape(-1)
+        bias = None if self.bias is None or len(self.node.inputs) <= self.bias else array_of(self.node.inputs[self.bias])
+        ok = ~read_unknown.reshape(-1)
+        if bias is not None:
+            rows = bias.reshape(-1, bias.shape[-1] if bias.ndim else 1)
+            ok = ok & np.broadcast_to((rows == rows[:1]).all(axis=0), ok.shape)
+            result = result + rows[0].astype(np.float64)
+        shape = [1] * len(self._out_frame)
+        shape[self._out_dim] = -1
+        dtype = self._array().dtype
+        if ok.size == self._out_frame[self._out_dim]:
+            state.set_constant(self.out, ok.reshape(shape), result.astype(dtype).reshape(shape))
+
+    # masks
+
+    def spread(self, state: State) -> None:
+        """A kept output keeps each input that it reads and that is not a known constant."""
+        if not self.active:
+            return
+        self._spread_batch(state)
+        if self.weight.groups > 1:
+            self._spread_groups(state)
+        if not self._data_dims:
+            return
+        kept = self._kept_outputs(state)
+        if self._seen is None:
+            self._seen = np.zeros_like(kept)
+            self._needed = np.zeros(self.nonzero.shape[::2], bool)
+        for group, output in np.argwhere(kept & ~self._seen) if kept.shape[0] > 1 else []:
+            self._needed[group] |= self.nonzero[group, output]
+        if kept.shape[0] == 1:
+            self._needed[0] |= self.nonzero[0][kept[0] & ~self._seen[0]].any(axis=0)
+        self._seen = kept.copy()
+        wanted = self._needed & ~self._held(state)[0]
+        self._grow_inputs(state, wanted, Cause("read with a weight that is not zero by", self.node, self.out))
+
+    def keep_inputs(self, state: State, wanted: np.ndarray, text: str) -> bool:
+        """Keep dead input channels (a vector along the contracted axis) for a reason; return whether any is new."""
+        return bool(wanted.any()) and self._grow_inputs(state, wanted, Cause(text, self.node, spare=True))
+
+    def _grow_inputs(self, state: State, wanted: np.ndarray, cause: Cause) -> bool:
+        if not self._data_dims:
+            return False
+        mask = state.mask(self.data)
+        shape = [self._data_frame[dim] if dim in self._data_dims else 1 for dim in range(mask.ndim)]
+        rows = mask.any(axis=tuple(self._data_dims), keepdims=True)
+        if not rows.any():
+            rows = np.ones_like(rows) if not self._batch else self._batch_rows(state)
+        return state.grow(self.data, wanted.reshape(shape) & rows, cause)
+
+    def _batch_rows(self, state: State) -> np.ndarray:
+        """Return the indices along other labelled axes (heads) that the output keeps, in the data's dimensions."""
+        out = state.mask(self.out)
+        targets = [target for _, target in self._batch]
+        kept = out.any(axis=tuple(dim for dim in range(out.ndim) if dim not in targets))
+        shape = [1] * len(self._data_frame)
+        for own, _ in self._batch:
+            shape[own] = self._data_frame[own]
+        return kept.reshape(shape)
+
+    def _spread_batch(self, state: State) -> None:
+        """Other labelled axes (heads in front of a weight that all share) keep the same indices on both sides."""
+        if not self._batch:
+            return
+        data, out = state.mask(self.data), state.mask(self.out)
+        owns = [own for own, _ in self._batch]
+        if not self._data_dims:
+            state.grow(self.data, self._batch_rows(state), Cause("read at the same index by", self.node, self.out))
+        rows = data.any(axis=tuple(dim for dim in range(data.ndim) if dim not in owns))
+        shape = [1] * len(self._out_frame)
+        for _, target in self._batch:
+            shape[target] = self._out_frame[target]
+        columns = out.any(axis=tuple(target for _, target in self._batch), keepdims=True)
+        state.grow(self.out, rows.reshape(shape) & columns, Cause("made at the same index by", self.node, self.data))
+
+    def _spread_groups(self, state: State) -> None:
+        """A depthwise channel stays on both sides or on neither."""
+        if not self._data_dims or self.nonzero.shape[2] != 1:
+            return
+        kept = self._kept_outputs(state).any(axis=1, keepdims=True)
+        self._grow_inputs(state, kept, Cause("read by the same group of", self.node, self.out))
+        inputs = self.kept_inputs(state)
+        if self.nonzero.shape[1] == 1:
+            self._grow_outputs(state, inputs, Cause("made by the same group of", self.node, self.data))
+
+    def _grow_outputs(self, state: State, wanted: np.ndarray, cause: Cause) -> bool:
+        shape = [1] * len(self._out_frame)
+        shape[self._out_dim] = -1
+        out = state.mask(self.out)
+        others = tuple(dim for dim in range(out.ndim) if dim != self._out_dim)
+        rows = out.any(axis=self._out_dim, keepdims=True) if others else np.ones((1,), bool)
+        if not rows.any():
+            rows = np.ones_like(rows)
+        return state.grow(self.out, wanted.reshape(shape) & rows, cause)
+
+    # repair
+
+    def repair(self, state: State) -> bool:
+        """Equal counts in groups; rows for heads."""
+        if not self.active:
+            return False
+        grown = self._repair_batch(state)
+        if self.weight.groups > 1:
+            grown |= self._repair_groups(state)
+        return grown
+
+    def carry(self, state: State) -> bool:
+        """A carrier where constants meet zero padding."""
+        return self.active and self.bordered and self._keep_carriers(state)
+
+    def _repair_batch(self, state: State) -> bool:
+        if not self._batch or not self._data_dims:
+            return False
+        cause = Cause("read at the same index by", self.node, self.out)
+        return state.grow(self.data, missing_rows(self._batch_rows(state), state.mask(self.data)), cause)
+
+    def _repair_groups(self, state: State) -> bool:
+        cause = Cause("groups keep equal counts at", self.node, spare=True)
+        outputs = self._kept_outputs(state)
+        inputs = self.kept_inputs(state) if self._data_dims else np.ones(self.nonzero.shape[::2], bool)
+        groups = outputs.any(axis=1) | (inputs.any(axis=1) & bool(self._data_dims))
+        if not self._data_dims:
+            groups = np.ones_like(groups)
+        return self._grow_inputs(state, _equal_rows(inputs, groups), cause) | self._grow_outputs(
+            state, _equal_rows(outputs, groups), cause
+        )
+
+    def _carriers_needed(self, state: State) -> np.ndarray:
+        """Return, for each group, the removed constant channels that kept outputs read, where not zero."""
+        known, value = self._held(state)
+        if not self._data_dims:
+            return np.zeros_like(known)
+        read = (self.nonzero & self._kept_outputs(state)[:, :, None]).any(axis=1)
+        return known & (value != 0) & read & ~self.kept_inputs(state)
+
+    def _keep_carriers(self, state: State) -> bool:
+        """Keep the largest of the constants that each group reads, if none that stays can stand for them."""
+        needed = self._carriers_needed(state)
+        known, value = self._held(state)
+        present = (known & (value != 0) & self.kept_inputs(state)).any(axis=1)
+        wanted = np.zeros_like(needed)
+        for group in np.flatnonzero(needed.any(axis=1) & ~present):
+            wanted[group, np.argmax(np.where(needed[group], np.abs(value[group]), 0))] = True
+        if not wanted.any():
+            return False
+        return self._grow_inputs(state, wanted, Cause("carries the constants that meet zero padding at", self.node, spare=True))
+
+    # layout
+
+    def layout(self, state: State) -> None:
+        """Output channels in their own order, groups in the order in which the data's stand."""
+        if not self.active:
+            default_layout(state, self.out)
+            return
+        kept = self._kept_outputs(state)
+        order = self._group_order(state)
+        channels = np.concatenate(
+            [np.flatnonzero(kept[group]) + group * kept.shape[1] for group in order]
+        ) if len(order) else np.zeros(0, np.int64)
+        coords: list[np.ndarray] = []
+        shape = [1] * len(self._out_frame)
+        for dim, extent in enumerate(self._out_frame):
+            own = next((own for own, target in self._batch if target == dim), None)
+            if dim == self._out_dim:
+                where = [1] * len(self._out_frame)
+                where[dim] = -1
+                coords.append((channels if extent > 1 else np.zeros(1, np.int64)).reshape(where))
+            elif own is not None:
+                coords.append(self._row_coordinate(state, own).reshape([-1 if d == dim else 1 for d in range(len(shape))]))
+            else:
+                coords.append(np.zeros(shape, np.int64))
+        layout = np.ravel_multi_index(tuple(np.broadcast_arrays(*coords)), self._out_frame)
+        if not np.array_equal(np.sort(layout, axis=None), np.flatnonzero(state.mask(self.out))):
+            raise ConflictError([self.data, self.out])
+        state.layouts[self.out] = layout
+
+    def _row_coordinate(self, state: State, own: int) -> np.ndarray:
+        coordinate = coordinates(state.layouts[self.data], self._data_frame)[own]
+        others = tuple(dim for dim in range(coordinate.ndim) if dim != own)
+        low, high = coordinate.min(axis=others), coordinate.max(axis=others)
+        if not np.array_equal(low, high):
+            raise ConflictError([self.data, self.out])
+        return low
+
+    def _input_order(self, state: State) -> np.ndarray:
+        """Return the contracted positions in the data's order (positions of the flattened labels)."""
+        if not self._data_dims:
+            return np.arange(self.nonzero.shape[0] * self.nonzero.shape[2])
+        layout = state.layouts[self.data]
+        coords = coordinates(layout, self._data_frame)
+        lines = []
+        for dim in self._data_dims:
+            others = tuple(d for d in range(layout.ndim) if d not in self._data_dims)
+            low, high = coords[dim].min(axis=others), coords[dim].max(axis=others)
+            if not np.array_equal(low, high):
+                raise ConflictError([self.data])
+            lines.append(low)
+        order = np.ravel_multi_index(tuple(lines), tuple(self._data_frame[dim] for dim in self._data_dims))
+        return order.reshape(-1)
+
+    def _group_order(self, state: State) -> np.ndarray:
+        if self.weight.groups == 1:
+            return np.zeros(1, np.int64)
+        if not self._data_dims:
+            return np.arange(self.weight.groups)
+        per_group = self.nonzero.shape[2]
+        groups = self._input_order(state) // per_group
+        kept = self.kept_inputs(state)
+        width = int(kept.sum(axis=1).max(initial=1))
+        rows = groups.reshape(-1, width) if groups.size % width == 0 else groups[:, None]
+        if (rows != rows[:, :1]).any():
+            raise ConflictError([self.data, self.out])
+        return rows[:, 0]
+
+    # edits
+
+    def edits(self, state: State) -> Iterator[Edit]:
+        """Cut the weight, fold what removed constants contributed into the bias or the carrier, fix the group."""
+        if not self.active:
+            return
+        outputs, inputs = self._kept_outputs(state), self.kept_inputs(state)
+        known, value = self._held(state)
+        gone = known & ~inputs if self._data_dims else np.zeros_like(known)
+        folded = (self.nonzero & outputs[:, :, None] & (gone & (value != 0))[:, None, :]).any()
+        if outputs.all() and inputs.all():
+            return
+        grouped = self._grouped(self._array())
+        if folded and self.bordered:
+            grouped = self._with_carrier(grouped, gone, known & inputs, value)
+        order = state.layouts[self.out]
+        channels = self._out_channels(order)
+        yield SetInput(self.weight.index, self._ungrouped(self._cut(state, grouped, channels)))
+        yield from self._bias_edits(channels, gone, value, folded and not self.bordered)
+        groups = len(self._group_order(state))
+        if self.weight.groups > 1 and groups != self.weight.groups:
+            yield SetAttribute("group", groups)
+
+    def _out_channels(self, layout: np.ndarray) -> np.ndarray:
+        if self._out_frame[self._out_dim] == 1:
+            return np.zeros(1, np.int64)
+        coordinate = coordinates(layout, self._out_frame)[self._out_dim]
+        others = tuple(dim for dim in range(coordinate.ndim) if dim != self._out_dim)
+        return np.asarray(coordinate.min(axis=others))
+
+    def _with_carrier(
+        self, grouped: np.ndarray, gone: np.ndarray, present: np.ndarray, value: np.ndarray
+    ) -> np.ndarray:
+        """Let one kept constant channel of each group carry the removed ones: w_j += sum_i w_i c_i / c_j."""
+        grouped = grouped.astype(np.float64)
+        for group in range(grouped.shape[0]):
+            removed = np.flatnonzero(gone[group] & (value[group] != 0))
+            candidates = np.flatnonzero(present[group] & (value[group] != 0))
+            if removed.size == 0 or candidates.size == 0:
+                continue
+            carrier = candidates[np.argmax(np.abs(value[group][candidates]))]
+            scale = value[group][removed] / value[group][carrier]
+            grouped[group, :, carrier] += np.einsum("oi...,i->o...", grouped[group][:, removed], scale)
+        return grouped.astype(self._array().dtype)
+
+    def _cut(self, state: State, grouped: np.ndarray, channels: np.ndarray) -> np.ndarray:
+        per_output, per_input = self.nonzero.shape[1], self.nonzero.shape[2]
+        order = self._group_order(state)
+        rows = (channels % per_output).reshape(len(order), -1)
+        if self._out_frame[self._out_dim] == 1:
+            rows = np.zeros((len(order), 1), np.int64) if self.weight.groups == 1 else rows
+        if not self._data_dims:
+            return grouped[order[:, None], rows]
+        columns = self._input_order(state)
+        if self.weight.groups == 1:
+            taken = np.take(grouped[0], rows[0], axis=0) if len(rows[0]) < grouped.shape[1] else grouped[0]
+            return self._cut_merged(taken, columns)[None]
+        inner = (columns % per_input).reshape(len(order), -1)
+        return grouped[order[:, None, None], rows[:, :, None], inner[:, None, :]]
+
+    def _cut_merged(self, weight: np.ndarray, columns: np.ndarray) -> np.ndarray:
+        """Take input channels from an axis that may be a product (channels times space after a Flatten)."""
+        if len(self._axis) == 1:
+            return np.take(weight, columns, axis=1)
+        sizes = [factor.size.coefficient for factor in self._axis]
+        labels = [size for size, factor in zip(sizes, self._axis, strict=True) if factor.labelled]
+        if len(labels) > 1:
+            raise ConflictError([self.data])
+        position = next(i for i, factor in enumerate(self._axis) if factor.labelled)
+        split = weight.reshape(weight.shape[0], *sizes, *weight.shape[2:])
+        taken = np.take(split, columns, axis=position + 1)
+        return taken.reshape(weight.shape[0], -1, *weight.shape[2:])
+
+    def _bias_edits(
+        self, channels: np.ndarray, gone: np.ndarray, value: np.ndarray, folded: bool
+    ) -> Iterator[Edit]:
+        dtype = self._array().dtype
+        share = self._sums(np.where(gone, value, 0.0)).reshape(-1)[channels]
+        has_slot = self.bias is not None
+        bias = array_of(self.node.inputs[self.bias]) if has_slot and self._has_bias() else None
+        if bias is not None and self.bias is not None:
+            cut = bias if not bias.ndim or bias.shape[-1] == 1 else np.take(bias, channels, axis=-1)
+            if folded:
+                cut = (cut.astype(np.float64) + share).astype(dtype)
+            if folded or cut.shape != bias.shape:
+                yield SetInput(self.bias, cut)
+        elif folded and has_slot and self.bias is not None:
+            yield SetInput(self.bias, share.astype(dtype))
+        elif folded:
+            yield AddVector(self.out_axis, share.astype(dtype))
+
+    def _has_bias(self) -> bool:
+        return self.bias is not None and len(self.node.inputs) > self.bias and self.node.inputs[self.bias] is not None
+
+
+def _equal_rows(mask: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """Return a mask in which every group that stays keeps equally many, and at least one."""
+    filled = mask.copy()
+    filled[groups & ~mask.any(axis=1), 0] = True
+    return nested_fill(filled) if mask.shape[1] > 1 else filled
+
+
+def _without_labels(structure: Structure, axis: int) -> Structure:
+    return tuple(unlabelled(item) if index == axis else item for index, item in enumerate(structure))
