@@ -93,7 +93,7 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Stages of basic residual blocks; `stageN` is the width of a residual stream, `NbM` that inside a block."""
+    """Stages of basic blocks; `stageN` is the width of a residual stream, `NbM` that inside a block."""
 
     def __init__(self, widths: Widths, stages: int = 3, depth: int = 2) -> None:
         super().__init__()

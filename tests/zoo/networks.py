@@ -10,10 +10,15 @@ import torch
 
 from zoo.attention import Bert, Vit
 from zoo.convolutional import BottleneckResNet, MobileNetV2, ResNet, Vgg
+from zoo.language import T5, Gpt2, Llama, Swin
+from zoo.mixing import DenseNet, MobileNetV3, Pitch, ShuffleNet, ShuffleNetV2, UNet, Volume
+from zoo.sequences import Gat, Recurrent
 from zoo.sites import Widths, randomise
 
 # dynamo at opset 20 and 18, TorchScript at 17
 EXPORTERS = ("dynamo", "dynamo18", "torchscript")
+# TorchScript lacks an operator, or freezes what should stay open
+DYNAMO = EXPORTERS[:2]
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,18 +34,27 @@ class Network:
         make: the module at given widths.
         widths: the full widths.
         inputs: for each input its shape, with "batch" and "sequence" for what may be dynamic, and the number
-            of classes where it is an integer (0: a float).
+            of classes (or the size that it is) where it is an integer (0: a float).
         wholes: keys of sites that may die as a whole, one test for each.
         needs: a package that the definition imports.
         exporters: the exporters that can write it.
+        constants: whether units with zero weights and live biases can go; where not, all of them is zero.
+        core: whether the test suite looks at it in many variants, or in a few.
     """
 
     make: Callable[[Widths], nn.Module]
     widths: Widths
-    inputs: dict[str, tuple[tuple[int | str, ...], int]]
+    inputs: dict[str, tuple[tuple[int | str, ...], int | str]]
     wholes: tuple[str, ...] = ()
     needs: str = ""
     exporters: tuple[str, ...] = EXPORTERS
+    constants: bool = True
+    core: bool = False
+
+    @property
+    def quickest(self) -> str:
+        """The exporter that takes the least time."""
+        return "torchscript" if "torchscript" in self.exporters else "dynamo"
 
     @property
     def streams(self) -> bool:
@@ -67,7 +81,7 @@ class Network:
                 t = torch.ones(dims, dtype=torch.long)
                 t[0, dims[1] // 2 :] = 0
             elif classes:
-                t = torch.randint(classes, dims, generator=gen)
+                t = torch.randint(sizes.get(classes, classes), dims, generator=gen)
             else:
                 t = torch.randn(dims, generator=gen)
             drawn.append(t)
@@ -78,7 +92,7 @@ class Network:
         return {d for shape, _ in self.inputs.values() for d in shape if isinstance(d, str)}
 
 
-def _image(size: int) -> dict[str, tuple[tuple[int | str, ...], int]]:
+def _image(size: int) -> dict[str, tuple[tuple[int | str, ...], int | str]]:
     return {"x": (("batch", 3, size, size), 0)}
 
 
@@ -101,15 +115,51 @@ _MOBILE = {
 }
 _VIT = {"heads0": 4, "heads1": 4, "mlp0": 64, "mlp1": 48}
 
+_RESNEXT = {"stem": 16, "stage0": 32, "stage1": 48}
+_RESNEXT |= {f"{s}b{b}.{k}": 5 + s for s in range(2) for b in range(2) for k in (1, 2)}
+_DENSE = {"stem": 12, "transition": 16}
+_DENSE |= {f"{b}.{i}.{k}": w for b in range(2) for i in range(2) for k, w in (("inner", 16), ("growth", 8))}
+_SHUFFLE = {"stem": 12, "stream": 8, "inner0": 16, "inner1": 20, "last": 32}
+_UNET = {"e1a": 8, "e1b": 10, "e2a": 12, "e2b": 16, "ma": 20, "mb": 24}
+_UNET |= {"u2": 12, "d2a": 16, "d2b": 14, "u1": 8, "d1a": 12, "d1b": 8}
+_CONVS = {"conv0": 12, "conv1": 16, "conv2": 20}
+_LLAMA = {"stream": 32, "kv0": 4, "kv1": 3, "per0": 2, "per1": 3, "mlp0": 48, "mlp1": 40}
+_SWIN = {"heads0": 4, "mlp0": 32, "heads1": 4, "mlp1": 40, "heads2": 8, "mlp2": 48}
+_SERIES = {"x": (("batch", 10, 12), 0)}
+
 ZOO: dict[str, Network] = {
-    "vgg": Network(Vgg, _VGG, _image(16), ("conv0", "conv2", "conv4", "fc0")),
-    "vgg-pool": Network(partial(Vgg, head="pool", bias=False), _VGG, _image(16)),
-    "resnet": Network(ResNet, _RESNET, _image(16), ("0b0", "stage1", "2b1")),
-    "resnet-bottleneck": Network(BottleneckResNet, _BOTTLENECK, _image(32), ("0b0.2", "stage0")),
-    "mobilenetv2": Network(MobileNetV2, _MOBILE, _image(32), ("e2", "stream1")),
-    "vit": Network(Vit, _VIT, _image(16), ("heads0", "mlp1")),
-    "vit-packed": Network(partial(Vit, form="packed"), _VIT, _image(16), ("heads1", "mlp0")),
-    "vit-mha": Network(partial(Vit, form="mha"), _VIT, _image(16)),
-    "bert": Network(Bert, _VIT, _TEXT, ("heads0", "mlp1"), "transformers"),
+    "vgg": Network(Vgg, _VGG, _image(16), ("conv0", "conv2", "conv4", "fc0"), core=True),
+    "vgg-pool": Network(partial(Vgg, head="pool", bias=False), _VGG, _image(16), core=True),
+    "resnet": Network(ResNet, _RESNET, _image(16), ("0b0", "stage1", "2b1"), core=True),
+    "resnet-bottleneck": Network(BottleneckResNet, _BOTTLENECK, _image(32), ("0b0.2", "stage0"), core=True),
+    "mobilenetv2": Network(MobileNetV2, _MOBILE, _image(32), ("e2", "stream1"), core=True),
+    "vit": Network(Vit, _VIT, _image(16), ("heads0", "mlp1"), core=True),
+    "vit-packed": Network(partial(Vit, form="packed"), _VIT, _image(16), ("heads1", "mlp0"), core=True),
+    "vit-mha": Network(partial(Vit, form="mha"), _VIT, _image(16), core=True),
+    "bert": Network(Bert, _VIT, _TEXT, ("heads0", "mlp1"), "transformers", core=True),
     "bert-eager": Network(partial(Bert, form="eager"), _VIT, _TEXT, (), "transformers"),
+    "resnext": Network(partial(BottleneckResNet, groups=4), _RESNEXT, _image(32), ("0b0.1",)),
+    "densenet": Network(DenseNet, _DENSE, _image(16), ("0.0.growth", "1.0.inner")),
+    "shufflenet": Network(ShuffleNet, {"stem": 12, "unit": 4}, _image(16)),
+    "shufflenetv2": Network(ShuffleNetV2, _SHUFFLE, _image(32), ("inner1",)),
+    "unet": Network(UNet, _UNET, _image(16), ("mb", "e2b")),
+    "mobilenetv3": Network(MobileNetV3, {"e0": 24, "s0": 8, "e1": 32, "s1": 8}, _image(16), ("s1",)),
+    "conv1d": Network(Pitch, _CONVS, {"x": (("batch", 1, 64), 0)}, ("conv1",)),
+    "conv3d": Network(Volume, _CONVS, {"x": (("batch", 1, 8, 8, 8), 0)}, ("conv1",)),
+    "gpt2": Network(
+        Gpt2, _VIT, {"ids": (("batch", "sequence"), 50)}, ("heads0", "mlp1"), "transformers", DYNAMO
+    ),
+    "llama": Network(Llama, _LLAMA, {"ids": (("batch", "sequence"), 50)}, ("mlp0",), "transformers", DYNAMO),
+    "t5": Network(T5, {"heads": 4, "mlp": 64}, _TEXT, (), "transformers"),
+    "swin": Network(Swin, _SWIN, _image(32), ("heads1",), "transformers"),
+    "lstm": Network(Recurrent, {"h0": 16, "h1": 12}, _SERIES, constants=False),
+    "gru": Network(partial(Recurrent, cell="GRU"), {"h0": 16, "h1": 12}, _SERIES, constants=False),
+    "gat": Network(
+        Gat,
+        {"heads0": 4},
+        {"x": (("batch", 16), 0), "edges": ((2, "sequence"), "batch")},
+        ("heads0",),
+        "",
+        DYNAMO,
+    ),
 }

@@ -41,7 +41,7 @@ class Planting:
         """A test's name."""
         if self.whole:
             return f"whole-{self.whole}-{self.zeros}"
-        what = self.zeros if self.side == "writer" else f"{self.zeros}-{self.side}"
+        what = {"writer": self.zeros, "reader": "reader", "mixed": f"{self.zeros}-mixed"}[self.side]
         return "-".join([self.position, what, *self.kinds])
 
 
@@ -79,7 +79,7 @@ def plant(net: nn.Module, planting: Planting, seed: int = 0) -> Planted:
         units, count = _choose(site, planting, rng)
         live[site.key] -= count
         by_reader = planting.side == "reader" or (planting.side == "mixed" and place % 2 == 1)
-        if by_reader and site.readers:
+        if (by_reader and site.readers) or not site.writers:
             for slot in site.readers:
                 slot.zero(units)
         elif _silence(site, planting, units, units[::count]):

@@ -16,18 +16,28 @@ Widths = dict[str, int]
 
 @dataclass(frozen=True)
 class Slot:
-    """The entries of a tensor axis that belong to a site's units: `offset + unit * block + range(block)`."""
+    """The entries of a tensor axis that belong to a site's units: `offset + unit * block + range(block)`.
+
+    `only` names the units that have entries in this tensor; None means all.
+    """
 
     tensor: torch.Tensor
     axis: int = 0
     block: int = 1
     offset: int = 0
+    only: range | None = None
 
     def zero(self, units: Iterable[int]) -> None:
         """Set the entries of these units to zero."""
-        index = [self.offset + u * self.block + k for u in units for k in range(self.block)]
+        index = [
+            self.offset + u * self.block + k for u in _within(units, self.only) for k in range(self.block)
+        ]
         with torch.no_grad():
             self.tensor.index_fill_(self.axis, torch.tensor(index, dtype=torch.long), 0.0)
+
+
+def _within(units: Iterable[int], only: range | None) -> list[int]:
+    return [u for u in units if only is None or u in only]
 
 
 @dataclass(frozen=True)
@@ -38,6 +48,7 @@ class Shift:
     norm: nn.modules.batchnorm._BatchNorm | None = None
     block: int = 1
     offset: int = 0
+    only: range | None = None
 
     def zero(self, units: Iterable[int]) -> None:
         """Silence bias and normalisation, so that the units are exactly zero."""
@@ -45,10 +56,12 @@ class Shift:
         if self.norm is not None:
             tensors += [self.norm.weight, self.norm.bias]
         for tensor in tensors:
-            Slot(tensor, 0, self.block, self.offset).zero(units)
+            Slot(tensor, 0, self.block, self.offset, self.only).zero(units)
 
     def lift(self, unit: int, sign: float = 1.0) -> None:
         """Make the constant that this unit becomes clearly positive (no activation hides it) or negative."""
+        if not _within([unit], self.only):
+            return
         with torch.no_grad():
             for k in range(self.block):
                 i = self.offset + unit * self.block + k
