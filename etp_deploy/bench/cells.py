@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
     from pathlib import Path
 
-# How often every model is profiled, in turn, so that one bad moment does not decide an operator's time.
+# How often compared models are profiled, in turn, so that one bad moment does not decide an operator's time.
 PROFILES = 2
 
 
@@ -135,7 +135,8 @@ def measure_cell(plan: Plan, cell: Cell, start: float, share: float) -> CellResu
 
 def _probes(entrants: Sequence[Entrant], setting: Setting) -> list[dict[str, Any]]:
     """Profile all models in turn, several times, and keep each node's shortest typical time."""
-    turns = [[run_child("profile", e.path, setting, e.inputs) for e in entrants] for _ in range(PROFILES)]
+    times = PROFILES if len(entrants) > 1 else 1
+    turns = [[run_child("profile", e.path, setting, e.inputs) for e in entrants] for _ in range(times)]
     probes = turns[0]
     for later in turns[1:]:
         for probe, again in zip(probes, later, strict=True):
