@@ -150,17 +150,29 @@ def verify(
 
 
 def plan_trials(
-    specs: Sequence[InputSpec], *, samples: int, seed: int, dims: Mapping[str, int] | None = None
+    specs: Sequence[InputSpec],
+    *,
+    samples: int,
+    seed: int,
+    dims: Mapping[str, int] | None = None,
+    start: Mapping[str, int] | None = None,
 ) -> tuple[Trial, ...]:
     """Choose seeds and sizes: `samples` at the default sizes, then one for each other choice of sizes.
 
     The others are a larger batch, and, with a batch of 2, every other dimension shorter (odd) and longer than
     its default.
 
+    Args:
+        specs: the inputs.
+        samples: how many trials at the default sizes.
+        seed: of the first trial; the others count up.
+        dims: sizes that stay as they are in every trial.
+        start: default sizes other than those that suit any model.
+
     Raises:
         UsageError: when `dims` names no dynamic dimension.
     """
-    default = resolve_dims(specs, dims=dims)
+    default = resolve_dims(specs, dims={**(start or {}), **(dims or {})})
     pinned = _pinned(specs, dims or {})
     batch = {
         name for name in dynamic_dims(specs) if any(spec.shape[:1] == (name,) for spec in specs)
