@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import stat
+from collections import Counter
 from fractions import Fraction
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING
@@ -76,9 +77,31 @@ def check_proto(proto: onnx.ModelProto, path: Path) -> None:
         _check_names(graph, path)
         for tensor in graph.initializer:
             _check_tensor(tensor, path, files)
+    _check_values(proto, path)
     for attribute in _attributes(proto):
         for tensor in (*([attribute.t] if attribute.HasField("t") else []), *attribute.tensors):
             _check_tensor(tensor, path, files)
+
+
+def _check_values(proto: onnx.ModelProto, path: Path) -> None:
+    """Refuse a name that is defined twice, or read and nowhere defined; subgraphs see the outer names."""
+    pending: list[tuple[onnx.GraphProto, frozenset[str]]] = [(proto.graph, frozenset())]
+    while pending:
+        graph, outer = pending.pop()
+        given = {value.name for value in graph.input} | {tensor.name for tensor in graph.initializer}
+        made = [name for node in graph.node for name in node.output if name]
+        twice = [name for name, count in Counter(made).items() if count > 1 or name in given]
+        if twice:
+            raise ModelError(f"value {twice[0]!r} is defined twice", where=str(path), hint=_DAMAGED_HINT)
+        known = outer.union(given, made)
+        read = [name for node in graph.node for name in node.input if name]
+        unknown = [name for name in (*read, *(value.name for value in graph.output)) if name not in known]
+        if unknown:
+            raise ModelError(f"nothing defines value {unknown[0]!r}", where=str(path), hint=_DAMAGED_HINT)
+        for node in graph.node:
+            for attribute in node.attribute:
+                inner = (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else []))
+                pending.extend((subgraph, known) for subgraph in inner)
 
 
 def _check_names(graph: onnx.GraphProto, path: Path) -> None:
@@ -104,6 +127,9 @@ def _check_tensor(tensor: onnx.TensorProto, path: Path, files: dict[str, int]) -
         raise ModelError(
             f"tensor {tensor.name!r} has a negative dimension", where=str(path), hint="export it again"
         )
+    if not _type_name(tensor.data_type):
+        what = f"tensor {tensor.name!r} has the unknown type {tensor.data_type}"
+        raise ModelError(what, where=str(path), hint="is it from a later version of ONNX?")
     bits, field, per_entry = _LAYOUT.get(_type_name(tensor.data_type), (None, "", Fraction(1)))
     count = math.prod(tensor.dims)
     expected = None if bits is None else (count * bits + 7) // 8
@@ -122,11 +148,9 @@ def _check_tensor(tensor: onnx.TensorProto, path: Path, files: dict[str, int]) -
 
 
 def _type_name(data_type: int) -> str:
-    return (
-        str(onnx.TensorProto.DataType.Name(data_type))
-        if data_type in onnx.TensorProto.DataType.values()
-        else ""
-    )
+    """Return the name of a tensor's data type; empty when there is none of this number."""
+    known = data_type and data_type in onnx.TensorProto.DataType.values()
+    return str(onnx.TensorProto.DataType.Name(data_type)) if known else ""
 
 
 def _check_external(

@@ -25,7 +25,7 @@ from etp_deploy.modelcheck import check_proto
 from etp_deploy.worker import first_line, isolated
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
 # Protobuf refuses messages of 2 GiB; the graph itself needs some of it.
 INLINE_LIMIT_BYTES = 1_900_000_000
@@ -72,10 +72,7 @@ def read_model(path: Path | str) -> ir.Model:
         raise _not_onnx(path, data) from error
     del data
     check_proto(proto, path)
-    try:
-        model = ir.from_proto(proto)
-    except Exception as error:  # onnx_ir reports a malformed graph by whatever its parsing meets
-        raise ModelError(f"not a valid ONNX model: {_cause(error)}", where=str(path)) from error
+    model: ir.Model = _converted(ir.from_proto, proto, path)
     for tensor in _external_tensors(model):
         tensor.base_dir = path.absolute().parent
     return model
@@ -110,7 +107,7 @@ def write_model(
     sources = tuple(Path(source) for source in inputs)
     sources_data = {file for source in sources for file in _data_files(source)}
     check_output(path, inputs=(*sources, *sources_data))
-    copy = model.clone()
+    copy = _converted(ir.Model.clone, model, path)
     copy.metadata_props.update(metadata or {})
     _inline_attributes(copy)
     superseded = _own_data_files(path)
@@ -121,7 +118,7 @@ def write_model(
             _write_tensors(copy, written)
         else:
             _inline_initializers(copy)
-        proto = ir.to_proto(copy)
+        proto = _converted(ir.to_proto, copy, path)
         strip(proto)
         with whole_file(path) as temporary:
             temporary.write_bytes(_serialized(proto, path))
@@ -240,6 +237,19 @@ def _not_onnx(path: Path, data: bytes) -> ModelError:
     return ModelError(
         "not an ONNX model, or truncated", where=str(path), hint="fetch or export the file again"
     )
+
+
+def _converted(convert: Callable[[Any], Any], value: Any, path: Path) -> Any:
+    """Convert by onnx_ir, which reports a malformed graph by whatever it stumbles over.
+
+    Raises:
+        ModelError: with what it stumbled over.
+    """
+    try:
+        return convert(value)
+    except Exception as error:
+        what = f"not a valid ONNX model: {_cause(error)}"
+        raise ModelError(what, where=str(path), hint="fetch or export the file again") from error
 
 
 def _cause(error: BaseException) -> str:

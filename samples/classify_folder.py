@@ -125,8 +125,8 @@ def softmax(scores: np.ndarray) -> np.ndarray:
     """Return probabilities; scores that already are probabilities stay as they are."""
     if scores.min() >= 0 and abs(scores.sum() - 1) < 1e-3:
         return scores
-    powers: np.ndarray = np.exp(scores - scores.max())
-    return powers / powers.sum()
+    powers = np.exp(scores - scores.max())
+    return np.asarray(powers / powers.sum())
 
 
 def _geometry(model: EdgeModel) -> tuple[int, int, int, str]:

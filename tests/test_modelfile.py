@@ -236,12 +236,38 @@ def test_incomplete_models_are_refused(tmp_path):
         ),
         (lambda m: m.graph.initializer[0].dims.append(2), "holds 8192 bytes where its shape needs 16384"),
         (lambda m: m.graph.initializer[0].dims.__setitem__(0, -4), "negative dimension"),
+        (lambda m: setattr(m.graph.initializer[0], "data_type", 77), "unknown type 77"),
+        (lambda m: m.graph.node[1].input.__setitem__(0, "other"), "nothing defines value 'other'"),
+        (lambda m: m.graph.output[0].ClearField("name"), "nothing defines value ''"),
+        (lambda m: m.graph.node[1].output.__setitem__(0, "m"), "value 'm' is defined twice"),
         (lambda m: m.graph.node[0].ClearField("op_type"), "no operator"),
     ):
         proto = small_model()
         change(proto)
         file.write_bytes(proto.SerializeToString())
         refused(file, match)
+
+
+def test_damaged_files_are_refused_or_written(tmp_path):
+    """Random damage ends in a ModelError or in a model that can be written and read again."""
+    rng = np.random.default_rng(0)
+    whole = small_model(2).SerializeToString()
+    outcomes = set()
+    for _ in range(400):
+        data = bytearray(whole)
+        place = int(rng.integers(len(data)))
+        if rng.random() < 0.5:
+            data[place] = int(rng.integers(256))
+        else:
+            del data[place : place + int(rng.integers(1, 20))]
+        (tmp_path / "m.onnx").write_bytes(data)
+        try:
+            write_model(read_model(tmp_path / "m.onnx"), tmp_path / "o.onnx")
+            read_model(tmp_path / "o.onnx")
+            outcomes.add("written")
+        except ModelError as error:
+            outcomes.add(f"refused in {len(str(error).splitlines())} line")
+    assert outcomes == {"written", "refused in 1 line"}
 
 
 def external(path, **entries: str) -> None:
