@@ -87,10 +87,9 @@ def _sentence(comparison: Mapping[str, Any]) -> str:
         else "no control"
     )
     outputs = comparison["outputs"]
+    apart = f"outputs differ by {outputs.get('max_abs_difference', 0):.2g}"
     same = (
-        f"outputs within {outputs['max_abs_difference']:.2g}"
-        if outputs["compared"]
-        else "outputs not compared"
+        "outputs not compared" if not outputs["compared"] else "outputs agree" if outputs["agree"] else apart
     )
     ended = ", any difference below 1 %" if comparison["stopped"] == "equal" else ""
     return (
@@ -112,6 +111,7 @@ def _latency(document: Mapping[str, Any], where: str) -> Html:
             (
                 name,
                 *(milliseconds_text(times[key]) for key in ("p50", "p90", "p95", "p99", "mean", "min")),
+                milliseconds_text((measured["cpu_time_ms"] or {}).get("p50")),
                 milliseconds_text((measured["compute_ms"] or {}).get("p50")),
                 milliseconds_text(measured["session_creation_ms"]),
                 milliseconds_text(measured["first_run_ms"]),
@@ -126,6 +126,7 @@ def _latency(document: Mapping[str, Any], where: str) -> Html:
         "p99",
         "mean",
         "min",
+        "CPU p50",
         "compute",
         "creation",
         "first run",
@@ -137,7 +138,8 @@ def _latency(document: Mapping[str, Any], where: str) -> Html:
         html.table(
             headers,
             table_rows,
-            caption="milliseconds of wall time; compute: inputs and outputs on the device",
+            caption="milliseconds of wall time; CPU: processor time of the calling thread; "
+            "compute: inputs and outputs on the device",
         ),
     )
 
