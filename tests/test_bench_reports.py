@@ -39,7 +39,8 @@ def measurement(level):
     """What one model took in the only setting."""
     times = dict.fromkeys(("p50", "p90", "p95", "p99", "mean", "min"), level / 1000000.0) | {"samples": 32}
     memory = {f"{phase}_rss_bytes": 60_000_000 for phase in PHASES}
-    memory |= dict.fromkeys(("weights_bytes", "activation_peak_bytes", "steady_pss_bytes", "device_bytes"), 1000)
+    sizes = ("weights_bytes", "activation_peak_bytes", "steady_pss_bytes", "device_bytes")
+    memory |= dict.fromkeys(sizes, 1000)
     memory |= {
         "peak_above_idle_bytes": 1000,
         "steady_above_idle_bytes": 1000,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,7 +12,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper, parser
 
 from etp_deploy.errors import ModelError, UsageError
-from etp_deploy.inputs import draw_inputs, dynamic_dims, input_specs
+from etp_deploy.input_files import load_inputs
+from etp_deploy.inputs import InputSpec, draw_inputs, dynamic_dims, input_specs
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -181,3 +183,53 @@ def test_wrong_files_and_sizes(tmp_path):
         draw_inputs(specs, seed=0, dims={"seq": 0})
     with pytest.raises(UsageError, match="batch of 0"):
         draw_inputs(specs, seed=0, batch=0)
+
+
+def test_inputs_from_files(tmp_path):
+    """Arrays come from npz and json in the model's types; what is missing or misshapen is named."""
+    specs = input_specs(saved(bert_like(), tmp_path))
+    ids = np.ones((2, 5))
+    np.savez(tmp_path / "in.npz", **{spec.name: ids for spec in specs})
+    (tmp_path / "in.json").write_text(json.dumps({spec.name: ids.tolist() for spec in specs}))
+    for name in ("in.npz", "in.json"):
+        found = load_inputs(tmp_path / name, specs)
+        assert {(array.shape, str(array.dtype)) for array in found.values()} == {((2, 5), "int64")}
+    np.savez(tmp_path / "short.npz", input_ids=ids)
+    with pytest.raises(UsageError, match="it holds input_ids"):
+        load_inputs(tmp_path / "short.npz", specs)
+    np.savez(tmp_path / "flat.npz", **{spec.name: ids[0] for spec in specs})
+    with pytest.raises(UsageError, match="the model takes"):
+        load_inputs(tmp_path / "flat.npz", specs)
+    (tmp_path / "bad.npz").write_bytes(b"no archive")
+    (tmp_path / "bad.json").write_text("[1")
+    for name in ("bad.npz", "bad.json", "absent.npz", "wrong.txt"):
+        with pytest.raises(UsageError, match=name.replace(".", r"\.")):
+            load_inputs(tmp_path / name, specs)
+
+
+def test_pickled_inputs_are_refused(tmp_path):
+    """An npz file cannot smuggle in objects that run code."""
+    specs = input_specs(saved(bert_like(), tmp_path))
+    np.savez(tmp_path / "in.npz", input_ids=np.array([print], dtype=object))
+    with pytest.raises(UsageError, match="cannot read"):
+        load_inputs(tmp_path / "in.npz", specs)
+
+
+def test_inputs_from_images(tmp_path):
+    """Images are resized to the input, in its order of axes and its scale, as many as the batch takes."""
+    image = pytest.importorskip("PIL.Image")
+    for at in range(3):
+        image.new("RGB", (10, 7), (255, 0, 51 * at)).save(tmp_path / f"{at}.png")
+    spec = InputSpec("x", np.dtype(np.float32), ("batch", 3, 8, 6), -1, 1, "float")
+    found = load_inputs(tmp_path, (spec,))["x"]
+    assert found.shape == (3, 3, 8, 6)
+    assert found[:, :, 0, 0].tolist() == pytest.approx(np.array([[1, 0, 0], [1, 0, 0.2], [1, 0, 0.4]]))
+    grey = InputSpec("x", np.dtype(np.uint8), (4, 5, 6, 1), 0, 255, "int")
+    assert load_inputs(tmp_path, (grey,))["x"].shape == (4, 5, 6, 1)
+    free = InputSpec("x", np.dtype(np.float32), ("n", 3, "h", "w"), -1, 1, "float")
+    assert load_inputs(tmp_path, (free,))["x"].shape == (3, 3, 7, 10)
+    with pytest.raises(UsageError, match="four axes"):
+        load_inputs(tmp_path, ())
+    (tmp_path / "none").mkdir()
+    with pytest.raises(UsageError, match="no images"):
+        load_inputs(tmp_path / "none", (spec,))
