@@ -15,7 +15,6 @@ from etp_deploy.comparing import ATOL, difference, format_rtol
 from etp_deploy.errors import BundleError, UsageError
 from etp_deploy.files import whole_folder
 from etp_deploy.inputs import draw_inputs, input_specs
-from etp_deploy.modelfile import read_model, write_model
 from etp_deploy.runtime import MANIFEST, SCHEMA, SCHEMA_VERSION
 from etp_deploy.sessions import open_session, run_session
 from etp_deploy.worker import isolated
@@ -70,6 +69,8 @@ def bundle(
         UsageError: when the example does not fit the model, or an entry is no JSON.
         OutputError: when the folder cannot be written or is in use.
     """
+    from etp_deploy.modelfile import read_model, write_model  # noqa: PLC0415 - the worker process needs neither
+
     source, out = Path(model), Path(out_dir)
     given = read_model(source)
     extra = _json_section({"summary": summary, "labels": labels, "preprocessing": preprocessing})

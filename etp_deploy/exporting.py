@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from etp_deploy.comparing import ATOL, Difference, difference, format_rtol
-from etp_deploy.errors import ExportError, ModelError, UsageError
+from etp_deploy.errors import ExportError, UsageError
 from etp_deploy.factories import (
     DynamicAxis,
     InputDeclaration,
@@ -29,7 +29,7 @@ from etp_deploy.factories import (
 from etp_deploy.files import check_output
 from etp_deploy.inputs import draw_inputs, dynamic_dims, input_specs
 from etp_deploy.modelfile import read_model, write_model
-from etp_deploy.sessions import open_session, run_session
+from etp_deploy.sessions import shapes_line
 from etp_deploy.tracing import EXPORTERS, Call, evaluating, make_call, trace
 from etp_deploy.verification import plan_trials
 from etp_deploy.worker import first_line, isolated
@@ -194,16 +194,12 @@ def _compare(
             notes.append(f"skipped {shapes}: the module does not run there ({first_line(error)})")
     if not kept:
         raise ExportError(notes[0], where=type(module).__name__, hint="give example inputs that it takes")
-    outputs = isolated("etp_deploy.exporting:_run_exported", str(file), kept)
+    outputs = isolated("etp_deploy.sessions:run_exported", str(file), kept)
     worst = _worst(references, outputs, rtol)
     if worst.reason:
-        hint = f"torch's exporter made a mistake at inputs such as {_shapes(kept[0])}; try the other exporter"
+        hint = f"torch's exporter made a mistake at inputs such as {shapes_line(kept[0])}; try the other exporter"
         raise ExportError(f"the exported file {worst.reason}", where=type(module).__name__, hint=hint)
     return worst, len(kept), tuple(notes)
-
-
-def _shapes(arrays: Mapping[str, np.ndarray]) -> str:
-    return ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items())
 
 
 def _worst(references: Sequence[Sequence[Any]], outputs: Sequence[Sequence[Any]], rtol: float) -> Difference:
@@ -221,28 +217,6 @@ def _worst(references: Sequence[Sequence[Any]], outputs: Sequence[Sequence[Any]]
                 max(worst.max_abs, found.max_abs), max(worst.max_rel, found.max_rel), worst.reason or reason
             )
     return worst
-
-
-def _run_exported(path: str, feeds: Sequence[dict[str, np.ndarray]]) -> list[list[Any]]:
-    """Run the exported file on every input; called in the worker process.
-
-    Raises:
-        ExportError: when it refuses an input that the module takes.
-    """
-    session = open_session(path, optimize=True)
-    outputs = []
-    for arrays in feeds:
-        try:
-            outputs.append(list(run_session(session, arrays).values()))
-        except ModelError as error:
-            what = (
-                f"the exported file does not run at {_shapes(arrays)}, where the module does: {error.message}"
-            )
-            hint = (
-                "the exporter fixed a size that should be free; try the other exporter or fewer dynamic axes"
-            )
-            raise ExportError(what, hint=hint) from error
-    return outputs
 
 
 def _leaves(result: Any) -> list[np.ndarray]:

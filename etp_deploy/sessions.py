@@ -13,11 +13,11 @@ import ml_dtypes
 import numpy as np
 import onnxruntime
 
-from etp_deploy.errors import ModelError, ProviderError
+from etp_deploy.errors import ExportError, ModelError, ProviderError
 from etp_deploy.worker import first_line
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
 _PROVIDERS = {
@@ -94,6 +94,34 @@ def run_session(session: Any, feeds: Mapping[str, np.ndarray], *, where: str = "
         return {name: _array(value) for name, value in zip(names, results, strict=True)}
     except Exception as error:  # ONNX Runtime's exceptions have no common base of their own
         raise ModelError(f"ONNX Runtime cannot run the model: {first_line(error)}", where=where) from error
+
+
+def run_exported(path: str, feeds: Sequence[Mapping[str, np.ndarray]]) -> list[list[Any]]:
+    """Run a freshly exported file on every input.
+
+    Returns:
+        The outputs of each run, in the file's order.
+
+    Raises:
+        ExportError: when it refuses an input that the module takes.
+    """
+    session = open_session(path, optimize=True)
+    outputs = []
+    for arrays in feeds:
+        try:
+            outputs.append(list(run_session(session, arrays).values()))
+        except ModelError as error:
+            what = f"the exported file does not run at {shapes_line(arrays)}, where the module does: {error.message}"
+            hint = (
+                "the exporter fixed a size that should be free; try the other exporter or fewer dynamic axes"
+            )
+            raise ExportError(what, hint=hint) from error
+    return outputs
+
+
+def shapes_line(arrays: Mapping[str, np.ndarray]) -> str:
+    """Name the shapes of arrays in one line."""
+    return ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items())
 
 
 def _type_number(declared: str) -> int | None:

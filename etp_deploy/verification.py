@@ -16,7 +16,6 @@ import onnx
 from etp_deploy.comparing import ATOL, RTOL, Difference, difference, format_rtol
 from etp_deploy.errors import ModelError, UsageError
 from etp_deploy.inputs import draw_inputs, dynamic_dims, input_specs, resolve_dims
-from etp_deploy.modelfile import read_model
 from etp_deploy.sessions import open_session, provider_name, run_session
 from etp_deploy.worker import isolated
 
@@ -125,6 +124,8 @@ def verify(
         UsageError: when an option makes no sense.
         ProviderError: when the provider is not available.
     """
+    from etp_deploy.modelfile import read_model  # noqa: PLC0415 - the worker process can do without its weight
+
     _check_options(samples=samples, rtol=rtol, atol=atol)
     models = read_model(original), read_model(result)
     provider_name(provider)
