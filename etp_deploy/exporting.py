@@ -197,7 +197,7 @@ def _compare(
     outputs = isolated("etp_deploy.sessions:run_exported", str(file), kept)
     worst = _worst(references, outputs, rtol)
     if worst.reason:
-        hint = f"torch's exporter made a mistake at inputs such as {shapes_line(kept[0])}; try the other exporter"
+        hint = f"inputs such as {shapes_line(kept[0])} show it; try the other exporter"
         raise ExportError(f"the exported file {worst.reason}", where=type(module).__name__, hint=hint)
     return worst, len(kept), tuple(notes)
 

@@ -111,7 +111,8 @@ def run_exported(path: str, feeds: Sequence[Mapping[str, np.ndarray]]) -> list[l
         try:
             outputs.append(list(run_session(session, arrays).values()))
         except ModelError as error:
-            what = f"the exported file does not run at {shapes_line(arrays)}, where the module does: {error.message}"
+            place = shapes_line(arrays)
+            what = f"the exported file does not run at {place}, where the module does: {error.message}"
             hint = (
                 "the exporter fixed a size that should be free; try the other exporter or fewer dynamic axes"
             )
