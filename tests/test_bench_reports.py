@@ -56,7 +56,17 @@ def measurement(level):
         "session_creation_ms": 1.0,
         "first_run_ms": 1.0,
         "memory": memory,
-        "nodes": [],
+        "nodes": [
+            {
+                "node": "n",
+                "kernel": "Conv",
+                "us": 3.0,
+                "macs": None,
+                "parameter_bytes": 1,
+                "roofline_share": None,
+            }
+        ],
+        "roof": {"macs_per_s": 1e9, "bytes_per_s": 1e9},
         "partitions": {"CPUExecutionProvider": 1},
         "layout": {
             "blocked": 1,

@@ -14,7 +14,15 @@ from onnx.reference import ReferenceEvaluator
 from etp_deploy.bench import benchmark
 from etp_deploy.bench.facts import names
 from etp_deploy.bench.isolation import run_child
-from etp_deploy.bench.sessions import Setting, bind_host, open_session, provider_class, run_outputs
+from etp_deploy.bench.sessions import (
+    CPU,
+    DEVICES,
+    Setting,
+    bind_host,
+    open_session,
+    provider_class,
+    run_outputs,
+)
 from etp_deploy.errors import BenchmarkError, ModelError, ProviderError, UsageError
 from etp_deploy.inputs import draw_inputs, input_specs
 
@@ -151,6 +159,15 @@ def test_kernel_times_and_macs(result):
     assert sum(row["baseline_macs"] for row in comparison.kernels) == 144 * 16 * 9 * (3 + 16)
 
 
+def test_nodes_stay_below_the_roof(result):
+    """No node comes out much quicker than what the machine was seen to do at best."""
+    for measured in result.measurements:
+        assert min(measured.roof.values()) > 0
+        shares = [n["roofline_share"] for n in measured.nodes if n["macs"] is not None]
+        assert shares
+        assert all(0 < share < 2 for share in shares)
+
+
 def test_memory_phases(result):
     """Weights are exact, and resident memory by phase is ordered as it must be."""
     for measured in result.measurements:
@@ -228,6 +245,15 @@ def test_fallback_is_refused(folder, monkeypatch):
     assert "CUDAExecutionProvider" in str(caught.value)
 
 
+def test_inputs_kept_on_the_device(folder, monkeypatch):
+    """With a device of its own a provider is timed with and without copies; the host plays it here."""
+    monkeypatch.setitem(DEVICES, CPU, "cpu")
+    models = [folder / "a.onnx", folder / "same.onnx"]
+    found = benchmark(models, sessions=2, max_seconds=0.1, memory=False)
+    assert all(measured.compute_ms["p50"] > 0 for measured in found.measurements)
+    assert found.comparisons[0].to_json()["compute"]["sessions"] == 2
+
+
 def test_bfloat16_runs(tmp_path):
     """Types that numpy lacks are fed by their bits and come back with the right values."""
     value = helper.make_tensor_value_info("x", onnx.TensorProto.BFLOAT16, [2, 3])
@@ -276,3 +302,15 @@ def test_a_model_that_does_not_load(tmp_path):
     with pytest.raises(BenchmarkError, match="cannot load the model") as caught:
         benchmark([path])
     assert "\n" not in caught.value.message
+
+
+def test_a_model_that_kills_its_process(tmp_path):
+    """A model that crashes ONNX Runtime kills the isolated process, and here it is an error with the signal."""
+    value = helper.make_tensor_value_info("x", onnx.TensorProto.INT32, [2])
+    output = helper.make_tensor_value_info("y", onnx.TensorProto.INT32, [2])
+    zero = numpy_helper.from_array(np.zeros(2, np.int32), "zero")
+    graph = helper.make_graph([helper.make_node("Div", ["x", "zero"], ["y"])], "g", [value], [output], [zero])
+    path = tmp_path / "model.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    with pytest.raises(BenchmarkError, match=r"model\.onnx: ONNX Runtime died of SIG"):
+        benchmark([path])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import psutil
 
-from etp_deploy.bench import doubts, energy, kernels, memory
+from etp_deploy.bench import doubts, energy, kernels, memory, roofline
 from etp_deploy.bench.cautions import Caution
 from etp_deploy.bench.facts import compare_outputs
 from etp_deploy.bench.isolation import run_child
@@ -78,6 +78,7 @@ class _Observed:
     timed: Race
     on_device: Race | None
     joules: Sequence[Mapping[str, Any]]
+    roof: roofline.Roof
 
 
 def measure_cell(plan: Plan, cell: Cell, start: float, share: float) -> CellResult:
@@ -115,9 +116,11 @@ def measure_cell(plan: Plan, cell: Cell, start: float, share: float) -> CellResu
         on_device = race(
             entrants, alone, plan.limits, tell=lambda done: tell("timing compute", 0.8 + 0.15 * done)
         )
-    tell("energy", 0.95)
+    tell("limits of the machine", 0.95)
+    roof = roofline.measure(setting)
+    tell("energy", 0.97)
     joules = [energy.measure(entrant, setting) for entrant in entrants]
-    seen = _Observed(cell, plan.facts, entrants, probes, outputs, memories, timed, on_device, joules)
+    seen = _Observed(cell, plan.facts, entrants, probes, outputs, memories, timed, on_device, joules, roof)
     cautions = [
         *doubts.about_inputs(plan.facts, plan.specs, entrants, cell),
         *partial,
@@ -277,7 +280,8 @@ def _measurement(seen: _Observed, place: int) -> Measurement:
         session_creation_ms=round(statistics.median(s.creation for s in samples) / 1e6, 4),
         first_run_ms=round(statistics.median(s.first for s in samples) / 1e6, 4),
         memory=seen.memories[place],
-        nodes=tuple(_node(record) for record in probe["nodes"]),
+        nodes=tuple(_node(record, seen.roof) for record in probe["nodes"]),
+        roof=seen.roof.to_json(),
         partitions=probe["partitions"],
         layout=kernels.layout(probe["nodes"]),
         energy=seen.joules[place],
@@ -326,9 +330,10 @@ def _sessions_of(timed: Race, place: int) -> list[SessionSample]:
     return [r.samples[place] for r in timed.rounds]
 
 
-def _node(record: Mapping[str, Any]) -> dict[str, Any]:
-    facts = {k: record[k] for k in ("node", "kernel", "provider", "parameter_bytes", "output_bytes")}
-    return {**facts, "us": round(record["us"], 3), "macs": kernels.macs(record)}
+def _node(record: Mapping[str, Any], roof: roofline.Roof) -> dict[str, Any]:
+    facts = {key: record[key] for key in ("node", "kernel", "provider", "parameter_bytes", "output_bytes")}
+    share = roof.share(record)
+    return {**facts, "us": round(record["us"], 3), "macs": kernels.macs(record), "roofline_share": share}
 
 
 def _rounded(numbers: Mapping[str, float]) -> dict[str, float]:

@@ -181,7 +181,7 @@ class _Runner:
         times: list[int] = []
         begin = time.perf_counter()
         while len(times) < most and (len(times) < least or time.perf_counter() - begin < WARM_UP_SECONDS):
-            times += _timed(self.call, 3)[0]
+            times += time_runs(self.call, 3)[0]
             if len(times) >= 6:
                 before, now = statistics.mean(times[-6:-3]), statistics.mean(times[-3:])
                 if abs(now - before) <= STEADY_WITHIN * before:
@@ -193,7 +193,7 @@ class _Runner:
 
     def block(self) -> None:
         """Time one block of runs."""
-        wall, cpu = _timed(self.call, self.runs)
+        wall, cpu = time_runs(self.call, self.runs)
         self.wall += wall
         self.cpu += cpu
 
@@ -275,7 +275,11 @@ def _round(entrants: Sequence[Entrant], setting: Setting, *, backwards: bool) ->
     return Round(samples, control)
 
 
-def _timed(call: Callable[[], object], count: int) -> tuple[list[int], list[int]]:
+def time_runs(call: Callable[[], object], count: int) -> tuple[list[int], list[int]]:
+    """Time each of so many calls: nanoseconds on the wall, and of the calling thread's processor.
+
+    The wall clock is read innermost, so that reading the other, a system call, does not lengthen it.
+    """
     wall, cpu = [], []
     wall_clock, cpu_clock = time.perf_counter_ns, time.thread_time_ns
     for _ in range(count):

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 BADGES = {"faster": "good", "slower": "bad", "undecided": "open"}
 LARGEST_KERNELS = 8
+LARGEST_NODES = 20
 _CLOCKS = {"cpu": "processor time of the only thread", "wall": "wall time"}
 
 
@@ -32,7 +33,7 @@ def bench_page(document: Mapping[str, Any], *, title: str = "Benchmark") -> Html
     for where in _settings(document):
         parts += [_latency(document, where), _memory(document, where)]
         parts += [_operators(c) for c in document["comparisons"] if setting(c) == where]
-        parts += _layout(document, where)
+        parts += [_nodes(document, where), *_layout(document, where)]
     parts.append(_environment(document))
     lean = {key: value for key, value in document.items() if key != "samples"}
     return html.page(
@@ -99,7 +100,11 @@ def _sentence(comparison: Mapping[str, Any]) -> str:
 
 
 def _warnings(document: Mapping[str, Any]) -> list[Html]:
-    entries = [(w["name"], w["message"], w["hint"]) for w in document["warnings"]]
+    messages: dict[str, list[str]] = {}
+    for warning in document["warnings"]:
+        messages.setdefault(warning["name"], []).append(warning["message"])
+    hints = {w["name"]: w["hint"] for w in document["warnings"]}
+    entries = [(name, "; ".join(seen), hints[name]) for name, seen in messages.items()]
     return [html.section("Doubts", html.notices(entries))] if entries else []
 
 
@@ -209,6 +214,33 @@ def _operators(comparison: Mapping[str, Any]) -> Html:
 def _speed(row: Mapping[str, Any], side: str) -> str:
     time, work = row[f"{side}_us"], row[f"{side}_macs"]
     return f"{work / time / 1e3:.3g}" if time and work else "-"
+
+
+def _nodes(document: Mapping[str, Any], where: str) -> Html:
+    """The longest nodes of every model, with how near they come to what the machine can do."""
+    parts = []
+    for name, measured in _measured(document, where):
+        total = sum(node["us"] for node in measured["nodes"]) or 1.0
+        longest = sorted(measured["nodes"], key=lambda node: -node["us"])[:LARGEST_NODES]
+        cells = [
+            (
+                node["node"],
+                node["kernel"],
+                f"{node['us']:.0f}",
+                f"{node['us'] / total:.0%}",
+                "-" if node["macs"] is None else f"{node['macs'] / 1e6:.3g}",
+                bytes_text(node["parameter_bytes"]),
+                "-" if node["roofline_share"] is None else f"{node['roofline_share']:.0%}",
+            )
+            for node in longest
+        ]
+        headers = ("node", "kernel", "us", "of all", "MMACs", "weights", "of the possible")
+        parts.append(html.details(name, html.table(headers, cells, text_columns=(0, 1))))
+    roof = next(m["roof"] for _, m in _measured(document, where))
+    rates = f"{roof['macs_per_s'] / 1e9:.3g} GMACs and {roof['bytes_per_s'] / 1e9:.3g} GB a second"
+    return html.section(
+        f"Longest nodes: {where}", *parts, note=f"the machine reached {rates} in this setting"
+    )
 
 
 def _layout(document: Mapping[str, Any], where: str) -> list[Html]:

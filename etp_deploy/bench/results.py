@@ -70,6 +70,7 @@ class Measurement:
         first_run_ms: median over sessions.
         memory: bytes by phase, see `etp_deploy.bench.memory`; None when not measured.
         nodes: ONNX Runtime's own profile by node.
+        roof: the machine's own best rates in this setting, which the nodes' `roofline_share` refers to.
         partitions: nodes by provider.
         layout: what works in the blocked layout and what does not, and why.
         energy: joules per run, or why they are unavailable.
@@ -86,6 +87,7 @@ class Measurement:
     first_run_ms: float
     memory: Mapping[str, Any] | None
     nodes: tuple[Mapping[str, Any], ...]
+    roof: Mapping[str, float]
     partitions: Mapping[str, int]
     layout: Mapping[str, Any]
     energy: Mapping[str, Any]

@@ -23,7 +23,7 @@ COLUMNS = (
     "against baseline",
     "verdict",
     "memory",
-    "file",
+    "activations",
 )
 
 
@@ -97,7 +97,7 @@ def table(document: Mapping[str, Any]) -> Table:
 
 def caption(document: Mapping[str, Any]) -> str:
     """Say what the table's numbers are."""
-    parts = ["memory: peak resident above an idle process"]
+    parts = ["memory: peak resident above an idle process; activations: exact peak"]
     if document["comparisons"]:
         clocks = {"cpu": "processor time of one thread", "wall": "wall time"}
         used = sorted({c["clock"] for c in document["comparisons"]})
@@ -143,7 +143,7 @@ def _row(
         ratio_text(comparison) if comparison else "baseline" if document["comparisons"] else "-",
         comparison["verdict"] if comparison else "",
         bytes_text(used.get("peak_above_idle_bytes")),
-        bytes_text(model["bytes"]),
+        bytes_text(used.get("activation_peak_bytes")),
     )
 
 
