@@ -36,7 +36,7 @@ def loop_penalty(weights, *, beta, force="exponential", norm="l2_squared", pivot
             size = {
                 "l2_squared": module.square().sum(),
                 "mean_l1": module.abs().mean(),
-                "l2": module.square().sum().sqrt(),
+                "l2": math.sqrt(module.numel()) * module.square().sum().sqrt(),
             }[norm]
             distance = abs(i - pivot)
             pull = math.exp(steepness / count) ** distance if force == "exponential" else distance

@@ -183,7 +183,8 @@ class TorqueRegularizer:
             if self._norm == "l2_squared":
                 factor = 1 / (1 + 2 * pull)
             else:
-                factor = (1 - pull / self._sizes(group).clamp(min=1e-30)).clamp(min=0)
+                pull = pull * math.sqrt(self._elements(group))
+                factor = (1 - pull / self._squares(group).sqrt().clamp(min=1e-30)).clamp(min=0)
             for view, axis in self._views(group):
                 view.mul_(_along(factor, view, axis).to(view.dtype))
 
@@ -267,12 +268,13 @@ class TorqueRegularizer:
         if self._norm == "mean_l1":
             sums = [_reduce(view, axis, square=False) for view, axis in self._views(group)]
             return torch.stack(sums).sum(0) / self._elements(group)
-        if self._norm == "l2_squared":
-            return self._squares(group)
         squares = self._squares(group)
+        if self._norm == "l2_squared":
+            return squares
         # the root has no slope at zero: a module that is dead feels no force and must not make a NaN
         alive = squares > 0
-        return torch.where(alive, torch.where(alive, squares, 1.0).sqrt(), 0.0)
+        roots = torch.where(alive, torch.where(alive, squares, 1.0).sqrt(), 0.0)
+        return roots * math.sqrt(self._elements(group))
 
     def _below(self, group: Group, threshold: float) -> Tensor:
         """Return which modules have a decisive part with a root mean square below a threshold, or of zero."""
