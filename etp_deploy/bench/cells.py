@@ -168,8 +168,7 @@ def _memory(
         setting,
         entrant.inputs,
         weights_bytes=facts.weights_bytes,
-        activation_peak=probe["activation_peak"],
-        arena_held=probe["arena_held"],
+        probe=probe,
         repeats=plan.memory_repeats,
     )
 

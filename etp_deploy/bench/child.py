@@ -86,6 +86,8 @@ def read_profile(events: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     times: dict[tuple[str, str], collections.Counter[int]] = {}
     peak: int | None = None
     held: int | None = None
+    # in use before the first node of the first run: weights that were packed or converted while loading
+    loaded: int | None = None
     run = 0
     for event in events:
         if event.get("name") == "model_run":
@@ -99,12 +101,15 @@ def read_profile(events: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         if "mem_in_use_peak" in facts:
             peak = max(peak or 0, int(facts["mem_in_use_peak"]))
             held = max(held or 0, int(facts["mem_arena_held"]))
+            if loaded is None:
+                loaded = int(facts["mem_bytes_in_use"]) - int(facts["mem_in_use_delta"])
     for key, record in nodes.items():
         record["us"] = _typical([times[key][r] for r in range(1, run)] or [times[key][0]])
     return {
         "nodes": list(nodes.values()),
         "runs": run,
-        "activation_peak": peak,
+        "activation_peak": None if peak is None or loaded is None else peak - loaded,
+        "arena_peak": peak,
         "arena_held": held,
         "partitions": dict(collections.Counter(record["provider"] for record in nodes.values())),
     }

@@ -48,6 +48,7 @@ PASSES = (2, 6)
 WARM_UP_RUNS = (3, 30)
 WARM_UP_SECONDS = 1.0
 STEADY_WITHIN = 0.05
+PATIENCE = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +120,7 @@ class Limits:
 
     Args:
         sessions: most rounds.
-        seconds: no round starts later than this.
+        seconds: no round starts later than this; thrice as late while there are too few for any verdict.
     """
 
     sessions: int
@@ -245,8 +246,9 @@ def _enough(so_far: Race, entrants: int, used: float) -> str:
             return "decided"
         if all(equal(so_far.ratio(c)) for c in open_questions):
             return "equal"
-    # a verdict needs sessions: two at least, even when one round takes longer than allowed
-    return "time" if used >= 1 and len(so_far.rounds) >= 2 else ""
+    patience = 1 if len(so_far.rounds) >= MIN_SESSIONS or entrants == 1 else PATIENCE
+    # without a second session there is not even an interval
+    return "time" if used >= patience and len(so_far.rounds) >= 2 else ""
 
 
 def _round(entrants: Sequence[Entrant], setting: Setting, *, backwards: bool) -> Round:

@@ -24,8 +24,7 @@ def measure(
     inputs: Mapping[str, np.ndarray],
     *,
     weights_bytes: int,
-    activation_peak: int | None,
-    arena_held: int | None,
+    probe: Mapping[str, Any],
     repeats: int = REPEATS,
 ) -> dict[str, Any]:
     """Repeat the measurement in fresh processes and give medians with their spread.
@@ -35,8 +34,7 @@ def measure(
         setting: how to open its session.
         inputs: what to run it on.
         weights_bytes: from the file.
-        activation_peak: from ONNX Runtime's profile.
-        arena_held: from ONNX Runtime's profile.
+        probe: ONNX Runtime's profile, for the exact counters.
         repeats: how many processes.
 
     Raises:
@@ -45,8 +43,9 @@ def measure(
     answers = [run_child("memory", model, setting, inputs) for _ in range(repeats)]
     return {
         "weights_bytes": weights_bytes,
-        "activation_peak_bytes": activation_peak,
-        "arena_held_bytes": arena_held,
+        "activation_peak_bytes": probe["activation_peak"],
+        "arena_peak_bytes": probe["arena_peak"],
+        "arena_held_bytes": probe["arena_held"],
         **summarize(answers),
     }
 

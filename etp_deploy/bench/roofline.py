@@ -22,9 +22,11 @@ from etp_deploy.bench.sessions import DEVICES, Setting, bind_device, bind_host, 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-PRODUCT = 768
-ELEMENTS = 1 << 22
-SECONDS = 0.15
+# Rows of the product and elements of the addition: on a processor short enough to fit between interruptions and
+# large enough to be efficient, on a device large enough to fill it.
+HOST = (384, 1 << 22)
+DEVICE = (4096, 1 << 26)
+SECONDS = 0.25
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,11 +60,12 @@ def measure(setting: Setting) -> Roof:
     Raises:
         ProviderError: when a session is not on the provider asked for.
     """
+    rows, elements = DEVICE if check_provider(setting.provider) in DEVICES else HOST
     with tempfile.TemporaryDirectory(prefix="etp-deploy-") as folder:
         path = Path(folder, "model.onnx")
-        product = _best(path, setting, "MatMul", [(PRODUCT, PRODUCT)] * 2)
-        addition = _best(path, setting, "Add", [(ELEMENTS,)] * 2)
-    return Roof(PRODUCT**3 / product, 3 * 4 * ELEMENTS / addition)
+        product = _best(path, setting, "MatMul", [(rows, rows)] * 2)
+        addition = _best(path, setting, "Add", [(elements,)] * 2)
+    return Roof(rows**3 / product, 3 * 4 * elements / addition)
 
 
 def _best(path: Path, setting: Setting, operator: str, shapes: Sequence[tuple[int, ...]]) -> float:

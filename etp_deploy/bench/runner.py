@@ -52,7 +52,8 @@ def benchmark(
         shapes: sizes of other dynamic dimensions, by name or as "input.axis".
         inputs: arrays to run on, by input name; drawn in their real ranges where not given.
         sessions: most sessions of each model in each setting.
-        max_seconds: timing in each setting stops after this, decided or not.
+        max_seconds: timing in each setting stops after this, decided or not; where sessions take so long that
+            there are too few for any verdict by then, after thrice this.
         seed: for drawn inputs.
         memory: whether to measure resident memory in isolated processes.
         memory_repeats: how many processes for each model and setting.
