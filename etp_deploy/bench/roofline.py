@@ -22,8 +22,8 @@ from etp_deploy.bench.sessions import DEVICES, Setting, bind_device, bind_host, 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-# Rows of the product and elements of the addition: on a processor short enough to fit between interruptions and
-# large enough to be efficient, on a device large enough to fill it.
+# Rows of the product and elements of the addition: on a processor short enough to fit between interruptions
+# and large enough to be efficient, on a device large enough to fill it.
 HOST = (384, 1 << 22)
 DEVICE = (4096, 1 << 26)
 SECONDS = 0.25
