@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import statistics
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,9 +39,33 @@ def measure(entrant: Entrant, setting: Setting) -> dict[str, Any]:
 
 
 def _gpu(entrant: Entrant, setting: Setting) -> dict[str, Any]:
-    runs, seconds = _run(entrant, setting)
-    watts = float(nvidia_query("power.draw")[0])
-    return {"available": True, "source": "NVML", "joules_per_run": watts * seconds / runs, "runs": runs}
+    """Mean power while the model runs, read over and over beside it."""
+    watts: list[float] = []
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.is_set():
+            watts.extend(_numbers(nvidia_query("power.draw")[:1]))
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        runs, seconds = _run(entrant, setting)
+    finally:
+        over.set()
+        watcher.join()
+    if not watts:
+        return {"available": False, "reason": "the GPU tells no power"}
+    joules = statistics.mean(watts) * seconds / runs
+    return {"available": True, "source": "nvidia-smi", "joules_per_run": joules, "runs": runs}
+
+
+def _numbers(lines: list[str]) -> list[float]:
+    found = []
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            found.append(float(line))
+    return found
 
 
 def _run(entrant: Entrant, setting: Setting) -> tuple[int, float]:
