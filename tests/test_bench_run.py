@@ -11,7 +11,7 @@ import pytest
 from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from etp_deploy.bench import benchmark
+from etp_deploy.bench import benchmark, roofline
 from etp_deploy.bench.facts import names
 from etp_deploy.bench.isolation import run_child
 from etp_deploy.bench.sessions import (
@@ -264,6 +264,7 @@ def test_fallback_is_refused(folder, monkeypatch):
 def test_inputs_kept_on_the_device(folder, monkeypatch):
     """With a device of its own a provider is timed with and without copies; the host plays it here."""
     monkeypatch.setitem(DEVICES, CPU, "cpu")
+    monkeypatch.setattr(roofline, "DEVICE", roofline.HOST)
     models = [folder / "a.onnx", folder / "same.onnx"]
     found = benchmark(models, sessions=2, max_seconds=0.1, memory=False)
     assert all(measured.compute_ms["p50"] > 0 for measured in found.measurements)

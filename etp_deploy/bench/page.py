@@ -202,7 +202,8 @@ def _operators(comparison: Mapping[str, Any]) -> Html:
         )
         for row in found
     ]
-    headers = ("kernel", "nodes", "after", "us", "after", "MMACs", "after", "GMACs/s", "after")
+    sides = [f"{what} {side}" for what in ("nodes", "us", "MMACs", "GMACs/s") for side in ("before", "after")]
+    headers = ("kernel", *sides)
     return html.section(
         f"Why: {comparison['contender']}, {setting(comparison)}",
         plots.bars(series, unit="ms", caption="time by kernel in one run, by ONNX Runtime's profile"),
