@@ -86,7 +86,9 @@ class CompressionReport:
             ],
         }
         document["kept_dead"] = [
-            {"tensor": row.name, "count": count, "reason": text} for row in self.layers for text, count in row.reasons
+            {"tensor": row.name, "count": count, "reason": text}
+            for row in self.layers
+            for text, count in row.reasons
         ]
         document["layers"] = [dataclasses.asdict(row) for row in self.layers]
         document["verification"] = None if self.verification is None else self.verification.to_json()
@@ -126,7 +128,9 @@ def compress(
     """
     source, destination = Path(source), Path(destination)
     if not 0 <= zero_below < 1:
-        raise UsageError("the threshold is a share of a layer's largest weight", where=str(zero_below), hint="0 to 1")
+        raise UsageError(
+            "the threshold is a share of a layer's largest weight", where=str(zero_below), hint="0 to 1"
+        )
     fill = alignment_fill(align)
     job = _Job(progress)
     with job.stage("read"):

@@ -93,7 +93,9 @@ def node_macs(node: ir.Node, bindings: Mapping[str, int]) -> int | None:
     """Return a node's multiply-accumulates: 0 for what is no contraction, None where a shape is not known."""
     if node.op_type not in {"Conv", "ConvTranspose", "MatMul", "Gemm"}:
         return 0
-    first, second, out = (concrete(value, bindings) for value in (node.inputs[0], node.inputs[1], node.outputs[0]))
+    first, second, out = (
+        concrete(value, bindings) for value in (node.inputs[0], node.inputs[1], node.outputs[0])
+    )
     if first is None or second is None or out is None:
         return None
     if node.op_type == "Conv":

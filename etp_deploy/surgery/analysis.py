@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from etp_deploy.errors import PlanError
+from etp_deploy.surgery.carriers import keep_carriers
 from etp_deploy.surgery.rules import statement
 from etp_deploy.surgery.state import Cause, ConflictError, State
 from etp_deploy.surgery.statements.base import default_layout
@@ -77,18 +78,19 @@ def solve(analysis: Analysis, fill: Fill | None = None) -> None:
     state.touched.extend(state.keep)
     state.apply_pins()
     while True:
-        _settle(analysis)
-        if any([says.repair(state) for says in analysis.statements.values()]):  # all of them, not the first
+        settle(analysis)
+        repaired = [says.repair(state) for says in analysis.statements.values()]
+        if any(repaired):
             continue
         if _keep_one(analysis) or (fill is not None and fill(analysis)):
             continue
-        if any([says.carry(state) for says in analysis.statements.values()]):
+        if keep_carriers(analysis):
             continue
         if _lay_out(analysis):
             return
 
 
-def _settle(analysis: Analysis) -> None:
+def settle(analysis: Analysis) -> None:
     """Spread kept positions until nothing grows."""
     state = analysis.state
     while True:
@@ -112,11 +114,13 @@ def _keep_one(analysis: Analysis) -> bool:
         if mask.any() or not mask.size:
             continue
         constant = state.constant(value)
-        magnitude = np.zeros(mask.shape) if constant is None else np.abs(np.where(constant.known, constant.value, 0))
+        magnitude = (
+            np.zeros(mask.shape) if constant is None else np.abs(np.where(constant.known, constant.value, 0))
+        )
         one = np.zeros(mask.size, bool)
         one[np.argmax(magnitude)] = True
         state.grow(value, one.reshape(mask.shape), Cause("a tensor keeps at least one channel", spare=True))
-        _settle(analysis)
+        settle(analysis)
         grown = True
     return grown
 

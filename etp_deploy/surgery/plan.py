@@ -10,7 +10,9 @@ import numpy as np
 from etp_deploy.surgery.analysis import read, solve
 from etp_deploy.surgery.shapes import frame_dims, single_label
 from etp_deploy.surgery.statements.contraction import Contraction
+from etp_deploy.surgery.statements.moves import Reshape
 from etp_deploy.surgery.statements.pointwise import Pointwise
+from etp_deploy.surgery.statements.product import Product
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -90,8 +92,10 @@ def layers(analysis: Analysis) -> list[Layer]:
         if isinstance(says, Contraction) and says.active:
             structure = analysis.state.structure(says.out)
             if structure is not None and single_label(structure[says.out_axis]):
-                rows.append(_layer(analysis, says, frame_dims(structure, says.out_axis)[0], _kind(says)))
-        elif isinstance(says, Pointwise) and says.stochastic is not None:
+                rows.append(
+                    _layer(analysis, says, frame_dims(structure, says.out_axis)[0], _kind(analysis, says))
+                )
+        elif isinstance(says, Pointwise) and says.node.op_type == "Softmax":
             heads = [dim for dim, extent in enumerate(analysis.state.mask(says.out).shape) if extent > 1]
             if len(heads) == 1:
                 rows.append(_layer(analysis, says, heads[0], "heads"))
@@ -142,20 +146,23 @@ def reason(analysis: Analysis, index: int) -> str:
     return f"{cause.text} {cause.node.op_type} {cause.node.name or ''}".rstrip()
 
 
-def _kind(says: Contraction) -> str:
+def _kind(analysis: Analysis, says: Contraction) -> str:
     if says.node.op_type in {"Conv", "ConvTranspose"}:
         return "channels"
-    return "projections" if feeds_heads(says.out) else "neurons"
+    return "projections" if _feeds_heads(analysis, says.out) else "neurons"
 
 
-def feeds_heads(value: ir.Value, depth: int = 3) -> bool:
-    """Return whether a tensor's channels are split into heads (a Reshape to four or more axes, a Transpose)."""
+def _feeds_heads(analysis: Analysis, value: ir.Value, depth: int = 6) -> bool:
+    """Return whether a Reshape downstream splits a tensor's channels into heads."""
+    labels = sum(extent > 1 for extent in analysis.state.mask(value).shape)
     for node, _ in value.uses():
-        if node.op_type == "Reshape":
-            out = node.outputs[0].shape
-            if out is not None and value.shape is not None and len(out) >= len(value.shape):
-                return True
-        elif node.op_type in {"Add", "Split", "Slice", "Mul", "Squeeze", "Gather"} and depth:
-            if any(feeds_heads(item, depth - 1) for item in node.outputs):
+        says = analysis.statements.get(node)
+        if isinstance(says, Contraction | Product) or says is None:
+            continue
+        for out in node.outputs:
+            more = sum(extent > 1 for extent in analysis.state.mask(out).shape)
+            if (isinstance(says, Reshape) and more > labels) or (
+                depth and _feeds_heads(analysis, out, depth - 1)
+            ):
                 return True
     return False

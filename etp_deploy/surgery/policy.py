@@ -25,7 +25,7 @@ def alignment_fill(align: str | int) -> Fill | None:
     Raises:
         UsageError: for anything else.
     """
-    if align == "off" or align == "1" or align == 1:
+    if align in {"off", "1", 1}:
         return None
     if align == "auto":
         multiple = AUTO_MULTIPLE
@@ -35,10 +35,13 @@ def alignment_fill(align: str | int) -> Fill | None:
         except ValueError:
             multiple = 0
         if multiple < 1:
-            raise UsageError("alignment is auto, off or a positive number", where=str(align), hint="try --align 16")
+            raise UsageError(
+                "alignment is auto, off or a positive number", where=str(align), hint="try --align 16"
+            )
 
     def fill(analysis: Analysis) -> bool:
-        return any([_fill_data(analysis, says, multiple) for says in _convolutions(analysis)])
+        grown = [_fill_data(analysis, says, multiple) for says in _convolutions(analysis)]
+        return any(grown)
 
     return fill
 

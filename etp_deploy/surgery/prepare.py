@@ -49,7 +49,9 @@ def prepare(model: ir.Model) -> ir.Model:
     changed = True
     while changed:  # a resolved target makes more shapes known, which may resolve more
         infer_shapes(model)
-        changed = _fold_integers(model.graph) | _resolve_shapes(model.graph)
+        changed = _fold_integers(model.graph) | _resolve_shapes(model.graph) | _fill_shapes(model.graph)
+        passes.RemoveUnusedNodesPass()(model)
+    if _absorb_padding(model.graph):
         passes.RemoveUnusedNodesPass()(model)
     return model
 
@@ -143,7 +145,12 @@ def _fold_integers(graph: ir.Graph) -> bool:
         if len(node.outputs) != 1 or value.dtype not in {ir.DataType.INT64, ir.DataType.BOOL}:
             continue
         arrays = [_small_constant(item) for item in node.inputs]
-        if not arrays or any(array is None for array in arrays) or value.is_graph_output() or not value.uses():
+        if (
+            not arrays
+            or any(array is None for array in arrays)
+            or value.is_graph_output()
+            or not value.uses()
+        ):
             continue
         result = evaluate(node, [array for array in arrays if array is not None])
         if result is not None and result.size <= _LARGEST_SHAPE:
@@ -169,11 +176,24 @@ def _resolve_shapes(graph: ir.Graph) -> bool:
         if index is None or node.domain != "" or len(node.inputs) <= index:
             continue
         target = node.inputs[index]
-        if target is None or target.is_initializer() or target.metadata_props.get(_RESOLVED):
+        if target is None or target.is_initializer():
             continue
         entries = shape_data(target)
         if entries is not None:
             changed |= _rebuild_target(graph, node, index, entries, sources)
+    return changed
+
+
+def _fill_shapes(graph: ir.Graph) -> bool:
+    """Give ConstantOfShape the symbolic shape that its input holds; inference knows only constant ones."""
+    changed = False
+    for node in graph:
+        if node.op_type == "ConstantOfShape" and node.outputs[0].shape is None:
+            entries = shape_data(node.inputs[0])
+            if entries is not None and all(entry.coefficient >= 0 for entry in entries):
+                dims = [entry.coefficient if entry.static is not None else str(entry) for entry in entries]
+                node.outputs[0].shape = ir.Shape(dims)
+                changed = True
     return changed
 
 
@@ -187,6 +207,52 @@ def _fold_static(graph: ir.Graph, value: ir.Value) -> bool:
     shape = () if value.shape is not None and len(value.shape) == 0 else (len(entries),)
     value.replace_all_uses_with(constant(graph, array.reshape(shape), f"{value.name}_static"))
     return True
+
+
+def _absorb_padding(graph: ir.Graph) -> bool:
+    """Move Pads by zeros into the convolutions that read them, as ONNX Runtime does itself; say if any was."""
+    absorbed = False
+    for node in list(graph):
+        padding = _spatial_zeros(node)
+        users = [user for user, _ in node.outputs[0].uses()]
+        if padding is None or not users or node.outputs[0].is_graph_output():
+            continue
+        if any(not _takes_padding(user, node.outputs[0]) for user in users):
+            continue
+        for user in users:
+            own = user.attributes.get_ints("pads") or [0] * len(padding)
+            total = tuple(a + b for a, b in zip(own, padding, strict=True))
+            user.attributes["pads"] = ir.AttrInt64s("pads", total)
+            user.replace_input_with(0, node.inputs[0])
+        absorbed = True
+    return absorbed
+
+
+def _takes_padding(node: ir.Node, value: ir.Value) -> bool:
+    automatic = node.attributes.get_string("auto_pad", "NOTSET") not in {"NOTSET", ""}
+    return node.op_type == "Conv" and node.domain == "" and node.inputs[0] is value and not automatic
+
+
+def _spatial_zeros(node: ir.Node) -> list[int] | None:
+    """Return a Pad's spatial pads in Conv's order, if it pads space alone, by zeros and by a constant amount."""
+    if (
+        node.op_type != "Pad"
+        or node.domain != ""
+        or node.attributes.get_string("mode", "constant") != "constant"
+    ):
+        return None
+    pads = _small_constant(node.inputs[1]) if len(node.inputs) > 1 else None
+    if pads is None or (len(node.inputs) > 3 and node.inputs[3] is not None):
+        return None
+    if len(node.inputs) > 2 and node.inputs[2] is not None:
+        value = _small_constant(node.inputs[2])
+        if value is None or (value.size and value.reshape(-1)[0] != 0):
+            return None
+    rank = len(pads) // 2
+    begin, end = [int(pad) for pad in pads[:rank]], [int(pad) for pad in pads[rank:]]
+    if rank < 3 or any(begin[:2]) or any(end[:2]) or min(begin + end) < 0:
+        return None
+    return begin[2:] + end[2:]
 
 
 def constant(graph: ir.Graph, array: np.ndarray, name: str) -> ir.Value:
@@ -225,10 +291,13 @@ def _rebuild_target(
     shape = [Size.of(dim) for dim in data.shape] if data is not None and data.shape is not None else []
     out = node.outputs[0].shape
     # a literal -1 means what inference made of it
-    wanted = [
-        Size.of(dim) if reshape and entry == Size(-1) and out is not None else entry
-        for entry, dim in zip(entries, out or entries, strict=False)
-    ]
+    wanted = _without_minus_one(entries, shape) if reshape else entries
+    if wanted is None and out is not None:
+        wanted = [
+            Size.of(dim) if entry == Size(-1) else entry for entry, dim in zip(entries, out, strict=True)
+        ]
+    if wanted is None:
+        return False
     if any(size == Size(0) for size in wanted):
         return False
     values: list[int | Size] = []
@@ -243,6 +312,9 @@ def _rebuild_target(
     if reshape and unknown and -1 not in values:
         # -1 is best spent on a size that no graph input has as it is
         values[max(unknown, key=lambda position: str(wanted[position]) not in sources)] = -1
+    wording = " ".join(str(value) for value in values)
+    if node.inputs[index].metadata_props.get(_RESOLVED) == wording:
+        return False  # nothing more became known since the last round
     pieces = list(_pieces(graph, node, values, sources))
     if None in pieces:
         return False
@@ -251,9 +323,22 @@ def _rebuild_target(
         if opset(graph) < _ALLOWZERO_OPSET:
             del node.attributes["allowzero"]
     target = _concatenated(graph, node, pieces)
-    target.metadata_props[_RESOLVED] = "yes"
+    target.metadata_props[_RESOLVED] = wording
     node.replace_input_with(index, target)
     return True
+
+
+def _without_minus_one(entries: list[Size], shape: list[Size]) -> list[Size] | None:
+    """Replace a Reshape's -1 by what remains of the data's size, None where that is no monomial."""
+    if Size(-1) not in entries:
+        return entries
+    rest: Size | None = Size(1)
+    for size in shape:
+        rest = None if rest is None else rest * size
+    for entry in entries:
+        if rest is not None and entry != Size(-1):
+            rest = rest.divide(entry)
+    return None if rest is None else [rest if entry == Size(-1) else entry for entry in entries]
 
 
 def opset(graph: ir.Graph) -> int:
@@ -266,7 +351,9 @@ def _concatenated(graph: ir.Graph, node: ir.Node, pieces: list[int | ir.Value | 
     if all(isinstance(piece, int) for piece in pieces):
         return constant(graph, np.array(pieces, np.int64), name)
     parts = [
-        constant(graph, np.array([piece], np.int64), f"{name}_{position}") if isinstance(piece, int) else piece
+        constant(graph, np.array([piece], np.int64), f"{name}_{position}")
+        if isinstance(piece, int)
+        else piece
         for position, piece in enumerate(pieces)
     ]
     return insert(graph, node, ir.node("Concat", parts, {"axis": 0}), name, len(pieces))

@@ -55,8 +55,12 @@ class Rewriter:
             case GatherInput(index, split, indices, merged):
                 array = self._array(node, index).reshape(split)[indices].reshape(merged)
                 self._set_input(node, index, array)
+            case SetAttribute(name, None):
+                node.attributes.pop(name, None)
             case SetAttribute(name, value):
-                made = ir.AttrInt64(name, value) if isinstance(value, int) else ir.AttrInt64s(name, value)
+                made = (
+                    ir.AttrInt64(name, value) if isinstance(value, int) else ir.AttrInt64s(name, value or ())
+                )
                 node.attributes[name] = made
             case SetShape(index, sizes):
                 self._set_shape(node, index, sizes)
@@ -80,7 +84,10 @@ class Rewriter:
     def _slice_input(self, node: ir.Node, index: int, takes: tuple[tuple[int, np.ndarray], ...]) -> None:
         old = node.inputs[index]
         assert old is not None
-        key = (old.name or "", b"".join(bytes([axis]) + np.ascontiguousarray(line).tobytes() for axis, line in takes))
+        key = (
+            old.name or "",
+            b"".join(bytes([axis]) + np.ascontiguousarray(line).tobytes() for axis, line in takes),
+        )
         if key not in self._cut:
             array = self._array(node, index)
             for axis, line in takes:
@@ -97,7 +104,9 @@ class Rewriter:
             return
         concat = target.producer()
         if concat is None or concat.op_type != "Concat" or len(concat.inputs) != len(sizes):
-            raise PlanError("a target shape is computed in a way that cannot be changed", where=node.name or "")
+            raise PlanError(
+                "a target shape is computed in a way that cannot be changed", where=node.name or ""
+            )
         parts = [
             constant(self.graph, np.array([size.coefficient], np.int64), f"{target.name}_{position}")
             if changed and size.static is not None
@@ -112,7 +121,11 @@ class Rewriter:
 
     def _set_slice(self, node: ir.Node, edit: SetSlice) -> None:
         starts, stops = self._array(node, 1).copy(), self._array(node, 2).copy()
-        axes = self._array(node, 3) if len(node.inputs) > 3 and node.inputs[3] is not None else np.arange(len(starts))
+        axes = (
+            self._array(node, 3)
+            if len(node.inputs) > 3 and node.inputs[3] is not None
+            else np.arange(len(starts))
+        )
         rank = len(node.outputs[0].shape or ())
         place = [int(axis) % rank for axis in axes].index(edit.axis)
         starts[place], stops[place] = edit.start, edit.stop
@@ -128,7 +141,12 @@ class Rewriter:
         out = node.outputs[0]
         rank = len(out.shape or ())
         users = list(out.uses())
-        if len(users) == 1 and not out.is_graph_output() and users[0][0].op_type == "Add" and edit.axis == rank - 1:
+        if (
+            len(users) == 1
+            and not out.is_graph_output()
+            and users[0][0].op_type == "Add"
+            and edit.axis == rank - 1
+        ):
             user, place = users[0]
             other = array_of(user.inputs[1 - place])
             if other is not None and other.ndim == 1 and other.shape == edit.vector.shape:

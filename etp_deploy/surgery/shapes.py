@@ -68,7 +68,9 @@ class Size:
         return Size(self.coefficient * other.coefficient, tuple(sorted(self.symbols + other.symbols)))
 
     def __str__(self) -> str:
-        factors = ([str(self.coefficient)] if self.coefficient != 1 or not self.symbols else []) + list(self.symbols)
+        factors = ([str(self.coefficient)] if self.coefficient != 1 or not self.symbols else []) + list(
+            self.symbols
+        )
         return "*".join(factors)
 
 

@@ -133,7 +133,11 @@ class State:
                 # Along a pinned axis all stays, for whatever of the tensor's other axes stays.
                 dims = tuple(frame_dims(structure, axis))
                 others = tuple(dim for dim in range(mask.ndim) if dim not in dims and mask.shape[dim] > 1)
-                rows = mask.any(axis=dims, keepdims=True) if others else np.ones_like(mask, shape=(1,) * mask.ndim)
+                rows = (
+                    mask.any(axis=dims, keepdims=True)
+                    if others
+                    else np.ones_like(mask, shape=(1,) * mask.ndim)
+                )
                 self.grow(value, np.broadcast_to(rows, mask.shape), cause)
 
     def grow(self, value: ir.Value | None, mask: np.ndarray, cause: Cause) -> bool:

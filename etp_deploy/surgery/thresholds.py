@@ -50,6 +50,8 @@ def newly_dead(model: ir.Model, share: float) -> int:
     for value, axis in _weights(model.graph):
         assert value.const_value is not None
         array = value.const_value.numpy()
-        largest = np.abs(array).max(axis=tuple(other for other in range(array.ndim) if other != axis), initial=0)
+        largest = np.abs(array).max(
+            axis=tuple(other for other in range(array.ndim) if other != axis), initial=0
+        )
         count += int(((largest < share * largest.max(initial=0)) & (largest > 0)).sum())
     return count

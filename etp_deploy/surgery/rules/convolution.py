@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING
 
 from etp_deploy.surgery.rules.common import attribute, constant_at, input_at, rank
 from etp_deploy.surgery.rules.registry import RefusedError, rule
-from etp_deploy.surgery.statements.base import Statement
 from etp_deploy.surgery.statements.contraction import Contraction, Weight
 from etp_deploy.surgery.statements.pointwise import Pointwise
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+
+    from etp_deploy.surgery.statements.base import Statement
 
 
 def _padded(node: ir.Node) -> bool:
@@ -73,4 +74,6 @@ def norm_pool(node: ir.Node) -> Statement:
 def resize(node: ir.Node) -> Statement:
     """y[n, c, ...] = x[n, c, ...] at another resolution; a constant stays itself"""
     extrapolates = attribute(node, "coordinate_transformation_mode", "half_pixel") == "tf_crop_and_resize"
-    return Pointwise(node, _channelwise(node), constants="none" if extrapolates else "pass", whole="resized along")
+    return Pointwise(
+        node, _channelwise(node), constants="none" if extrapolates else "pass", whole="resized along"
+    )

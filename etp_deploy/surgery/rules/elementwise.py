@@ -8,16 +8,58 @@ import numpy as np
 
 from etp_deploy.surgery.rules.common import broadcast_maps, rank, same_axes
 from etp_deploy.surgery.rules.registry import rule
-from etp_deploy.surgery.statements.base import Statement, array_of
+from etp_deploy.surgery.statements.base import array_of
 from etp_deploy.surgery.statements.pointwise import Pointwise
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from etp_deploy.surgery.statements.base import Statement
+
 UNARY = (
-    *("Abs", "Acos", "Acosh", "Asin", "Asinh", "Atan", "Atanh", "Ceil", "Celu", "Cos", "Cosh", "Elu", "Erf", "Exp"),
-    *("Floor", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu", "Log", "Mish", "Neg", "Not", "Reciprocal", "Relu"),
-    *("Round", "Selu", "Sigmoid", "Sign", "Sin", "Sinh", "Softplus", "Softsign", "Sqrt", "Swish", "Tan", "Tanh"),
+    *(
+        "Abs",
+        "Acos",
+        "Acosh",
+        "Asin",
+        "Asinh",
+        "Atan",
+        "Atanh",
+        "Ceil",
+        "Celu",
+        "Cos",
+        "Cosh",
+        "Elu",
+        "Erf",
+        "Exp",
+    ),
+    *(
+        "Floor",
+        "Gelu",
+        "HardSigmoid",
+        "HardSwish",
+        "LeakyRelu",
+        "Log",
+        "Mish",
+        "Neg",
+        "Not",
+        "Reciprocal",
+        "Relu",
+    ),
+    *(
+        "Round",
+        "Selu",
+        "Sigmoid",
+        "Sign",
+        "Sin",
+        "Sinh",
+        "Softplus",
+        "Softsign",
+        "Sqrt",
+        "Swish",
+        "Tan",
+        "Tanh",
+    ),
     *("ThresholdedRelu", "Cast", "IsInf", "IsNaN", "Shrink", "BitwiseNot"),
 )
 BINARY = (
@@ -86,11 +128,11 @@ _FINITE_SOURCES = {"MatMul", "Gemm", "Conv", "Softmax", "LayerNormalization", "S
 
 def may_be_infinite(value: ir.Value | None, depth: int = 8) -> bool:
     """Return whether a constant infinity can reach a tensor (inputs and activations are taken to be finite)."""
-    if value is None:
+    if value is None or (value.dtype is not None and not value.dtype.is_floating_point()):
         return False
     array = array_of(value)
     if array is not None:
-        return bool(array.dtype.kind == "f" and not np.isfinite(array).all())
+        return not np.isfinite(array.astype(np.float64)).all()
     node = value.producer()
     if node is None or node.op_type in _FINITE_SOURCES:
         return False

@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING
 
 from etp_deploy.surgery.rules.common import attribute, constant_at, input_at, rank
 from etp_deploy.surgery.rules.registry import RefusedError, rule
-from etp_deploy.surgery.statements.base import Statement, array_of
+from etp_deploy.surgery.statements.base import array_of
 from etp_deploy.surgery.statements.contraction import Contraction, Weight
 from etp_deploy.surgery.statements.product import Product
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+
+    from etp_deploy.surgery.statements.base import Statement
 
 
 @rule("MatMul")
@@ -40,7 +42,9 @@ def gemm(node: ir.Node) -> Statement:
     beta = float(attribute(node, "beta", 1.0))
     if beta == 0.0:
         raise RefusedError("the bias is switched off (beta is 0)")
-    weight = Weight(1, out=0, contracted=1) if attribute(node, "transB", 0) else Weight(1, out=1, contracted=0)
+    weight = (
+        Weight(1, out=0, contracted=1) if attribute(node, "transB", 0) else Weight(1, out=1, contracted=0)
+    )
     return Contraction(
         node,
         data=0,

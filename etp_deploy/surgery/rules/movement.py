@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from etp_deploy.surgery.rules.common import attribute, constant_at, input_at, normal_axis, rank, same_axes, static
+from etp_deploy.surgery.rules.common import (
+    attribute,
+    constant_at,
+    input_at,
+    normal_axis,
+    rank,
+    same_axes,
+    static,
+)
 from etp_deploy.surgery.rules.registry import RefusedError, rule
-from etp_deploy.surgery.statements.base import Statement, array_of
+from etp_deploy.surgery.statements.base import array_of
 from etp_deploy.surgery.statements.moves import Expand, Permute, Reshape
 from etp_deploy.surgery.statements.opaque import Opaque
 from etp_deploy.surgery.statements.pointwise import Pointwise
@@ -16,6 +25,8 @@ from etp_deploy.surgery.statements.select import Select
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+
+    from etp_deploy.surgery.statements.base import Statement
 
 
 @rule("Reshape")
@@ -60,7 +71,7 @@ def split(node: ir.Node) -> Statement:
     axis = normal_axis(int(attribute(node, "axis", 0)), rank(node.inputs[0]))
     sizes = [static(value, axis) for value in node.outputs]
     bounds = np.cumsum([0, *sizes])
-    parts = [[(0, np.arange(low, high))] for low, high in zip(bounds[:-1], bounds[1:], strict=True)]
+    parts = [[(0, np.arange(low, high))] for low, high in pairwise(bounds)]
     return Select(node, axis, parts, how="split")
 
 
@@ -82,13 +93,15 @@ def slice_(node: ir.Node) -> Statement:
     return Select(node, axis, [[(0, np.arange(size)[slice(start, stop, step)])]], how="slice")
 
 
-def _slice_bounds(node: ir.Node, axes: int) -> tuple[list[int], dict[int, tuple[int, int | None, int]]]:
+def _slice_bounds(node: ir.Node, axes: int) -> tuple[list[int], dict[int, tuple[int, int, int]]]:
     """Return the axes that are sliced and, for each, start, stop and step as numpy takes them."""
     if "starts" in node.attributes:  # opset 9 and before
         raise RefusedError("a Slice of an opset before 10")
     starts, stops = constant_at(node, 1, "its start is"), constant_at(node, 2, "its end is")
     named = constant_at(node, 3, "its axes are") if input_at(node, 3) is not None else np.arange(len(starts))
-    steps = constant_at(node, 4, "its steps are") if input_at(node, 4) is not None else np.ones(len(starts), int)
+    steps = (
+        constant_at(node, 4, "its steps are") if input_at(node, 4) is not None else np.ones(len(starts), int)
+    )
     bounds = {}
     for axis, start, stop, step in zip(named, starts, stops, steps, strict=True):
         if step < 0:
@@ -97,14 +110,14 @@ def _slice_bounds(node: ir.Node, axes: int) -> tuple[list[int], dict[int, tuple[
     return list(bounds), bounds
 
 
-def _cuts(node: ir.Node, axis: int, bounds: tuple[int, int | None, int]) -> bool:
+def _cuts(node: ir.Node, axis: int, bounds: tuple[int, int, int]) -> bool:
     """Return whether a slice leaves anything out along an axis."""
     value = node.inputs[0]
     size = value.shape[axis] if value is not None and value.shape is not None else None
     start, stop, step = bounds
     if isinstance(size, int):
         return len(range(size)[slice(start, stop, step)]) != size
-    return not (start == 0 and step == 1 and stop is not None and stop >= np.iinfo(np.int32).max)
+    return not (start == 0 and step == 1 and stop >= np.iinfo(np.int32).max)
 
 
 def gather_channels(node: ir.Node, axis: int) -> Statement:
@@ -124,7 +137,8 @@ def gather_channels(node: ir.Node, axis: int) -> Statement:
 
 def _gather_unlabelled(node: ir.Node, axis: int, between: int) -> Statement:
     axes = tuple(
-        None if own == axis else (own if own < axis else own + between - 1) for own in range(rank(node.inputs[0]))
+        None if own == axis else (own if own < axis else own + between - 1)
+        for own in range(rank(node.inputs[0]))
     )
     return Pointwise(node, {0: axes}, constants="pass", whole="indexed along")
 

@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING
 
 from etp_deploy.surgery.rules.common import attribute, constant_at, normal_axis, rank, same_axes
 from etp_deploy.surgery.rules.registry import RefusedError, rule
-from etp_deploy.surgery.statements.base import Statement
 from etp_deploy.surgery.statements.pointwise import Pointwise
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+
+    from etp_deploy.surgery.statements.base import Statement
 
 
 @rule("BatchNormalization")
@@ -21,7 +22,7 @@ def batch_normalization(node: ir.Node) -> Statement:
     for index in range(1, 5):
         constant_at(node, index, "its statistics are")
     maps: dict[int, tuple[int | None, ...]] = {0: same_axes(rank(node.inputs[0]))}
-    maps.update({index: (1,) for index in range(1, 5)})
+    maps.update(dict.fromkeys(range(1, 5), (1,)))
     return Pointwise(node, maps, absorbing=(1,))
 
 

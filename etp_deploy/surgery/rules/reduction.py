@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING
 
 from etp_deploy.surgery.rules.common import attribute, constant_at, input_at, normal_axis, rank
 from etp_deploy.surgery.rules.registry import rule
-from etp_deploy.surgery.statements.base import Statement
 from etp_deploy.surgery.statements.pointwise import Constants, Pointwise
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+
+    from etp_deploy.surgery.statements.base import Statement
 
 
 def _reduced(node: ir.Node) -> list[int]:
@@ -31,7 +32,9 @@ def _reduction(node: ir.Node, constants: Constants) -> Statement:
     kept = [axis for axis in range(axes) if axis not in reduced]
     places = {axis: axis if keepdims else place for place, axis in enumerate(kept)}
     axis_map = tuple(places.get(axis) for axis in range(axes))
-    return Pointwise(node, {0: axis_map}, constants=constants, whole=f"{node.op_type} reads this axis as a whole")
+    return Pointwise(
+        node, {0: axis_map}, constants=constants, whole=f"{node.op_type} reads this axis as a whole"
+    )
 
 
 @rule("ReduceMean", "ReduceMax", "ReduceMin")

@@ -47,7 +47,9 @@ def statement(node: ir.Node) -> Statement:
         return Opaque(node, f"{node.op_type} has a body of its own")
     function = _RULES.get(("" if node.domain == "ai.onnx" else node.domain, node.op_type))
     if function is None:
-        return Opaque(node, f"no rule for the operator {node.domain + '.' if node.domain else ''}{node.op_type}")
+        return Opaque(
+            node, f"no rule for the operator {node.domain + '.' if node.domain else ''}{node.op_type}"
+        )
     try:
         return function(node)
     except RefusedError as refused:

@@ -45,10 +45,10 @@ class GatherInput:
 
 @dataclass(frozen=True)
 class SetAttribute:
-    """Set an integer or integer-list attribute of a node."""
+    """Set an integer or integer-list attribute of a node; None removes it."""
 
     name: str
-    value: int | tuple[int, ...]
+    value: int | tuple[int, ...] | None
 
 
 @dataclass(frozen=True)
@@ -102,11 +102,6 @@ class Statement:
 
     def repair(self, state: State) -> bool:
         """Keep what a valid tensor needs beyond liveness (equal counts); say whether anything grew."""
-        del state
-        return False
-
-    def carry(self, state: State) -> bool:
-        """Keep a channel that stands for removed constants which nothing else can hold; say whether it grew."""
         del state
         return False
 

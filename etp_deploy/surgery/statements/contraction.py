@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from etp_deploy.surgery.shapes import Axis, Structure, frame, frame_dims, has_labels, labelled, plain, unlabelled
+from etp_deploy.surgery.shapes import (
+    Axis,
+    Structure,
+    frame,
+    frame_dims,
+    has_labels,
+    labelled,
+    plain,
+    unlabelled,
+)
 from etp_deploy.surgery.state import Cause, ConflictError, coordinates, nested_fill
 from etp_deploy.surgery.statements.base import (
     AddVector,
@@ -104,7 +113,11 @@ class Contraction(Statement):
         for axis, factors in enumerate(structure):
             if has_labels(factors) and axis != self.data_axis and not self._passes(axis):
                 state.pin(self.data, axis, "the operator mixes positions along this axis", self.node)
-        if self.weight.groups > 1 and has_labels(structure[self.data_axis]) and len(structure[self.data_axis]) > 1:
+        if (
+            self.weight.groups > 1
+            and has_labels(structure[self.data_axis])
+            and len(structure[self.data_axis]) > 1
+        ):
             state.pin(self.data, self.data_axis, "groups do not follow the merged axis", self.node)
             structure = _without_labels(structure, self.data_axis)
         out = list(plain(shape))
@@ -258,7 +271,11 @@ class Contraction(Statement):
         if read_unknown.all():
             return
         result = self._sums(value).reshape(-1)
-        bias = None if self.bias is None or len(self.node.inputs) <= self.bias else array_of(self.node.inputs[self.bias])
+        bias = (
+            None
+            if self.bias is None or len(self.node.inputs) <= self.bias
+            else array_of(self.node.inputs[self.bias])
+        )
         ok = ~read_unknown.reshape(-1)
         if bias is not None:
             rows = bias.reshape(-1, bias.shape[-1] if bias.ndim else 1)
@@ -324,13 +341,17 @@ class Contraction(Statement):
         data, out = state.mask(self.data), state.mask(self.out)
         owns = [own for own, _ in self._batch]
         if not self._data_dims:
-            state.grow(self.data, self._batch_rows(state), Cause("read at the same index by", self.node, self.out))
+            state.grow(
+                self.data, self._batch_rows(state), Cause("read at the same index by", self.node, self.out)
+            )
         rows = data.any(axis=tuple(dim for dim in range(data.ndim) if dim not in owns))
         shape = [1] * len(self._out_frame)
         for _, target in self._batch:
             shape[target] = self._out_frame[target]
         columns = out.any(axis=tuple(target for _, target in self._batch), keepdims=True)
-        state.grow(self.out, rows.reshape(shape) & columns, Cause("made at the same index by", self.node, self.data))
+        state.grow(
+            self.out, rows.reshape(shape) & columns, Cause("made at the same index by", self.node, self.data)
+        )
 
     def _spread_groups(self, state: State) -> None:
         """A depthwise channel stays on both sides or on neither."""
@@ -363,10 +384,6 @@ class Contraction(Statement):
             grown |= self._repair_groups(state)
         return grown
 
-    def carry(self, state: State) -> bool:
-        """A carrier where constants meet zero padding."""
-        return self.active and self.bordered and self._keep_carriers(state)
-
     def _repair_batch(self, state: State) -> bool:
         if not self._batch or not self._data_dims:
             return False
@@ -384,25 +401,29 @@ class Contraction(Statement):
             state, _equal_rows(outputs, groups), cause
         )
 
-    def _carriers_needed(self, state: State) -> np.ndarray:
-        """Return, for each group, the removed constant channels that kept outputs read, where not zero."""
-        known, value = self._held(state)
-        if not self._data_dims:
-            return np.zeros_like(known)
-        read = (self.nonzero & self._kept_outputs(state)[:, :, None]).any(axis=1)
-        return known & (value != 0) & read & ~self.kept_inputs(state)
+    def carriers_needed(self, state: State) -> np.ndarray:
+        """Return where removed constants meet zero padding and no kept constant can stand for them.
 
-    def _keep_carriers(self, state: State) -> bool:
-        """Keep the largest of the constants that each group reads, if none that stays can stand for them."""
-        needed = self._carriers_needed(state)
+        The result is True for each channel of a group, as (group, input of the group), that the group could keep
+        as its carrier, and all False where nothing is needed.
+        """
         known, value = self._held(state)
-        present = (known & (value != 0) & self.kept_inputs(state)).any(axis=1)
-        wanted = np.zeros_like(needed)
-        for group in np.flatnonzero(needed.any(axis=1) & ~present):
-            wanted[group, np.argmax(np.where(needed[group], np.abs(value[group]), 0))] = True
-        if not wanted.any():
-            return False
-        return self._grow_inputs(state, wanted, Cause("carries the constants that meet zero padding at", self.node, spare=True))
+        if not (self.active and self.bordered and self._data_dims):
+            return np.zeros_like(known)
+        usable = known & (value != 0)
+        read = (self.nonzero & self._kept_outputs(state)[:, :, None]).any(axis=1)
+        kept = self.kept_inputs(state)
+        lacking = (usable & read & ~kept).any(axis=1) & ~(usable & kept).any(axis=1)
+        return usable & lacking[:, None]
+
+    def held(self, state: State) -> np.ndarray:
+        """Return the constants of the input channels, 0 where not known, as (group, input of the group)."""
+        return self._held(state)[1]
+
+    def keep_carriers(self, state: State, wanted: np.ndarray) -> bool:
+        """Keep channels as carriers."""
+        cause = Cause("carries the constants that meet zero padding at", self.node, spare=True)
+        return self._grow_inputs(state, wanted, cause)
 
     # layout
 
@@ -413,9 +434,11 @@ class Contraction(Statement):
             return
         kept = self._kept_outputs(state)
         order = self._group_order(state)
-        channels = np.concatenate(
-            [np.flatnonzero(kept[group]) + group * kept.shape[1] for group in order]
-        ) if len(order) else np.zeros(0, np.int64)
+        channels = (
+            np.concatenate([np.flatnonzero(kept[group]) + group * kept.shape[1] for group in order])
+            if len(order)
+            else np.zeros(0, np.int64)
+        )
         coords: list[np.ndarray] = []
         shape = [1] * len(self._out_frame)
         for dim, extent in enumerate(self._out_frame):
@@ -425,7 +448,11 @@ class Contraction(Statement):
                 where[dim] = -1
                 coords.append((channels if extent > 1 else np.zeros(1, np.int64)).reshape(where))
             elif own is not None:
-                coords.append(self._row_coordinate(state, own).reshape([-1 if d == dim else 1 for d in range(len(shape))]))
+                coords.append(
+                    self._row_coordinate(state, own).reshape(
+                        [-1 if d == dim else 1 for d in range(len(shape))]
+                    )
+                )
             else:
                 coords.append(np.zeros(shape, np.int64))
         layout = np.ravel_multi_index(tuple(np.broadcast_arrays(*coords)), self._out_frame)
@@ -563,7 +590,11 @@ class Contraction(Statement):
             yield AddVector(self.out_axis, share.astype(dtype))
 
     def _has_bias(self) -> bool:
-        return self.bias is not None and len(self.node.inputs) > self.bias and self.node.inputs[self.bias] is not None
+        return (
+            self.bias is not None
+            and len(self.node.inputs) > self.bias
+            and self.node.inputs[self.bias] is not None
+        )
 
 
 def _equal_rows(mask: np.ndarray, groups: np.ndarray) -> np.ndarray:

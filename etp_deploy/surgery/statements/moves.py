@@ -71,7 +71,9 @@ class Move(Statement):
         """Kept positions move with their channels, both ways."""
         if self.active:
             state.grow(
-                self.data, self.backward(state.mask(self.out)), Cause("moved from here by", self.node, self.out)
+                self.data,
+                self.backward(state.mask(self.out)),
+                Cause("moved from here by", self.node, self.out),
             )
             state.grow(
                 self.out, self.forward(state.mask(self.data)), Cause("moved to here by", self.node, self.data)
@@ -141,7 +143,9 @@ class Reshape(Move):
         mask = state.mask(self.out)
         squeezed = mask.reshape([extent for extent in mask.shape if extent > 1] or [1])
         return state.grow(
-            self.out, nested_fill(squeezed).reshape(mask.shape), Cause("heads or groups keep equal counts at", self.node, spare=True)
+            self.out,
+            nested_fill(squeezed).reshape(mask.shape),
+            Cause("heads or groups keep equal counts at", self.node, spare=True),
         )
 
     def reduced(self, state: State, layout: np.ndarray) -> np.ndarray:
@@ -236,7 +240,11 @@ class Expand(Move):
         for axis, base in zip(padded, plain(shape), strict=True):
             copies = axis_size(base).static
             repeated = axis_size(axis) == ONE and copies is not None and copies > 1
-            axes.append(labelled(copies) if repeated and copies is not None else (axis if axis_size(axis) != ONE else base))
+            axes.append(
+                labelled(copies)
+                if repeated and copies is not None
+                else (axis if axis_size(axis) != ONE else base)
+            )
         state.set_structure(self.out, tuple(axes))
         self._added = sum(len(axis) for axis in padded[:added])
         self._data_frame = frame(structure)
@@ -259,9 +267,15 @@ class Expand(Move):
         out = state.mask(self.out)
         state.grow(self.data, self.backward(out), Cause("repeated from here by", self.node, self.out))
         lifted = (1,) * self._added + self._data_frame
-        copied = tuple(dim for dim, extent in enumerate(lifted) if extent > 1 and self._within_copy(dim, out.shape))
+        copied = tuple(
+            dim for dim, extent in enumerate(lifted) if extent > 1 and self._within_copy(dim, out.shape)
+        )
         rows = out.any(axis=copied, keepdims=True) if copied else out
-        state.grow(self.out, rows & self.forward(state.mask(self.data)), Cause("repeated to here by", self.node, self.data))
+        state.grow(
+            self.out,
+            rows & self.forward(state.mask(self.data)),
+            Cause("repeated to here by", self.node, self.data),
+        )
 
     def _within_copy(self, dim: int, shape: tuple[int, ...]) -> bool:
         """Whether a dimension lies inside each copy (after the repeated one)."""

@@ -115,16 +115,33 @@ class Pointwise(Statement):
                 if target == axis and structure is not None and axis_size(structure[own]) != ONE:
                     found.append((index, own, structure[own]))
         size = axis_size(base).static
-        if axis in self.fresh and size is not None and size > 1:
+        if (
+            (axis in self.fresh or not found)
+            and size is not None
+            and size > 1
+            and self._parameter_along(axis)
+        ):
             return labelled(size)
         labels = [item for _, _, item in found if has_labels(item)]
         if not labels:
             return base
         if any(item != labels[0] for _, _, item in found):
             for index, own, _ in found:
-                state.pin(self._value(index), own, "it meets an axis of which nothing can be removed", self.node)
+                state.pin(
+                    self._value(index), own, "it meets an axis of which nothing can be removed", self.node
+                )
             return base
         return labels[0]
+
+    def _parameter_along(self, axis: int) -> bool:
+        """Return whether an output axis is a float constant's, all else being broadcast: its own channels."""
+        for index, axis_map in self.maps.items():
+            value = self._value(index)
+            array = array_of(value)
+            if array is not None and array.dtype.kind == "f" and axis in axis_map:
+                if array.shape[axis_map.index(axis)] > 1:
+                    return True
+        return False
 
     def _parameter_structure(self, index: int, axes: Structure) -> Structure:
         """Give an initializer operand the output's structure along the axes that it shares."""
@@ -259,7 +276,9 @@ class Pointwise(Statement):
         linked = {dim for dim, _ in self.links[index]}
         others = tuple(dim for dim in range(split.ndim) if dim not in linked)
         if split.size == 0:
-            return np.zeros((1,) * len(frame(structure)), bool), np.zeros((1,) * len(frame(structure)), array.dtype)
+            return np.zeros((1,) * len(frame(structure)), bool), np.zeros(
+                (1,) * len(frame(structure)), array.dtype
+            )
         low, high = split.min(axis=others, keepdims=True), split.max(axis=others, keepdims=True)
         dims = len(frame(structure))
         return (
@@ -315,7 +334,11 @@ class Pointwise(Statement):
                 Cause("read at the same index by", self.node, self.out),
             )
             if self._covers(index, out):
-                state.grow(self.out, self._incoming(state, index), Cause("made at the same index by", self.node, value))
+                state.grow(
+                    self.out,
+                    self._incoming(state, index),
+                    Cause("made at the same index by", self.node, value),
+                )
 
     def _incoming(self, state: State, index: int) -> np.ndarray:
         out = state.mask(self.out)
@@ -348,7 +371,9 @@ class Pointwise(Statement):
             default_layout(state, self.out)
             return
         shape = frame(structure)
-        found: list[np.ndarray | None] = [None if extent > 1 else np.zeros((1,) * len(shape), int) for extent in shape]
+        found: list[np.ndarray | None] = [
+            None if extent > 1 else np.zeros((1,) * len(shape), int) for extent in shape
+        ]
         for index in self._live():
             for dim, coordinate in self._coordinates(state, index, len(shape)).items():
                 known = found[dim]
@@ -398,7 +423,9 @@ class Pointwise(Statement):
             value = self._value(index)
             if value.is_initializer() and self.links.get(index):
                 own = self._parameter_structure(index, structure)
-                yield from take_channels(index, own, {a: coords[b] for a, b in self.links[index]}, self.links[index])
+                yield from take_channels(
+                    index, own, {a: coords[b] for a, b in self.links[index]}, self.links[index]
+                )
 
     def check(self, state: State) -> None:
         """Raise a conflict where an initializer would have to hold two orders at once."""

@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from etp_deploy.surgery.shapes import ONE, Axis, Structure, axis_size, frame, frame_dims, has_labels, plain, unlabelled
+from etp_deploy.surgery.shapes import (
+    ONE,
+    Axis,
+    Structure,
+    axis_size,
+    frame,
+    frame_dims,
+    has_labels,
+    plain,
+    unlabelled,
+)
 from etp_deploy.surgery.state import Cause, ConflictError, coordinates
 from etp_deploy.surgery.statements.base import Edit, Statement, array_of, default_layout, set_plain
 from etp_deploy.surgery.statements.pointwise import missing_rows
@@ -63,7 +73,8 @@ class Product(Statement):
         self.roles = (*roles, (*range(rank - 2), rank - 2, rank))
         base = plain(shape)
         out = tuple(
-            common[role] if has_labels(common[role]) else base[axis] for axis, role in enumerate(self.roles[2])
+            common[role] if has_labels(common[role]) else base[axis]
+            for axis, role in enumerate(self.roles[2])
         )
         state.set_structure(self.out, out)
         self.active = any(has_labels(axis) for axis in common)
@@ -152,13 +163,19 @@ class Product(Statement):
         value = np.zeros(known.shape)
         second = state.constant(self.operands[1])
         rank = len(self.roles[0])
-        if state.stochastic.get(self.operands[0]) == rank - 1 and second is not None and not self._dims_labelled():
+        if (
+            state.stochastic.get(self.operands[0]) == rank - 1
+            and second is not None
+            and not self._dims_labelled()
+        ):
             held = np.broadcast_to(self._lift(second.known, 1, np.logical_and), known.shape)
             value = np.where(held, np.broadcast_to(self._lift(second.value, 1), known.shape), value)
             known = known | held
         dtype = np.float32 if self.out.dtype is None else self.out.dtype.numpy()
         state.set_constant(
-            self.out, self._lower(known, 2), self._lower(value.astype(np.float64), 2, np.maximum).astype(dtype)
+            self.out,
+            self._lower(known, 2),
+            self._lower(value.astype(np.float64), 2, np.maximum).astype(dtype),
         )
 
     def _dims_labelled(self) -> bool:
@@ -208,9 +225,13 @@ class Product(Statement):
             if target.is_initializer() or source.is_initializer():
                 continue
             wanted, mask = self._shared(state, source, a, target, b)
-            if all(w == m or m == 1 for w, m in zip(wanted.shape, mask.shape, strict=True)):
+            if all(m in {w, 1} for w, m in zip(wanted.shape, mask.shape, strict=True)):
                 cause = Cause("the same head or index as", self.node, source)
-                state.grow(target, self._lower(np.broadcast_to(wanted, np.broadcast_shapes(wanted.shape, mask.shape)), b), cause)
+                state.grow(
+                    target,
+                    self._lower(np.broadcast_to(wanted, np.broadcast_shapes(wanted.shape, mask.shape)), b),
+                    cause,
+                )
 
     def _shared(
         self, state: State, source: ir.Value, a: int, target: ir.Value, b: int
@@ -244,7 +265,9 @@ class Product(Statement):
             default_layout(state, self.out)
             return
         full = frame(self.common)
-        found: list[np.ndarray | None] = [None if extent > 1 else np.zeros((1,) * len(full), int) for extent in full]
+        found: list[np.ndarray | None] = [
+            None if extent > 1 else np.zeros((1,) * len(full), int) for extent in full
+        ]
         for which, value in enumerate(self.operands):
             if value.is_initializer():
                 continue
@@ -284,7 +307,9 @@ class Product(Statement):
             dims, targets = frame_dims(structure, axis), frame_dims(self.common, common)
             for position, dim in enumerate(dims):
                 coordinate = found[targets[position]] if shape[dim] > 1 else None
-                lowered = self._project(coordinate) if coordinate is not None else np.zeros((1,) * len(shape), int)
+                lowered = (
+                    self._project(coordinate) if coordinate is not None else np.zeros((1,) * len(shape), int)
+                )
                 coords.append(lowered)
         if not coords:
             return np.zeros((), np.int64)
@@ -292,7 +317,10 @@ class Product(Statement):
 
     def _project(self, coordinate: np.ndarray) -> np.ndarray:
         contracted = self._dims(self._contracted)
-        low, high = coordinate.min(axis=contracted, keepdims=True), coordinate.max(axis=contracted, keepdims=True)
+        low, high = (
+            coordinate.min(axis=contracted, keepdims=True),
+            coordinate.max(axis=contracted, keepdims=True),
+        )
         if not np.array_equal(low, high):
             raise ConflictError([self.out, *self.operands])
         order = [dim for common in self.roles[2] for dim in self._dims(common)]

@@ -6,10 +6,21 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from etp_deploy.surgery.shapes import Axis, Factor, Size, Structure, axis_size, frame, frame_dims, has_labels, labelled
+from etp_deploy.surgery.shapes import (
+    Axis,
+    Factor,
+    Size,
+    Structure,
+    axis_size,
+    frame,
+    frame_dims,
+    has_labels,
+    labelled,
+)
 from etp_deploy.surgery.state import Cause, ConflictError, coordinates
 from etp_deploy.surgery.statements.base import (
     Edit,
+    SetAttribute,
     SetInput,
     SetSlice,
     SliceInput,
@@ -117,7 +128,12 @@ class Select(Statement):
                 continue
             for index, s in live.items():
                 if s is not None:
-                    state.pin(self.node.inputs[index], position, "it is joined with an axis that must stay", self.node)
+                    state.pin(
+                        self.node.inputs[index],
+                        position,
+                        "it is joined with an axis that must stay",
+                        self.node,
+                    )
             return None
         return tuple(axes)
 
@@ -246,9 +262,7 @@ class Select(Statement):
         elif not self._labelled_here(index):
             grown |= mask[(slice(None),) * dim + (where,)].any(axis=dim, keepdims=True)
         else:
-            np.logical_or.at(
-                grown, (slice(None),) * dim + (indices,), mask[(slice(None),) * dim + (where,)]
-            )
+            np.logical_or.at(grown, (slice(None),) * dim + (indices,), mask[(slice(None),) * dim + (where,)])
         state.grow(value, grown, Cause("taken from here by", self.node, out))
 
     def _forth(
@@ -337,9 +351,7 @@ class Select(Statement):
             return np.expand_dims(flat, dim)
         return np.ravel_multi_index(tuple(coords), out_frame)
 
-    def _join(
-        self, state: State, number: int, pieces: list[np.ndarray | None], dim: int
-    ) -> np.ndarray:
+    def _join(self, state: State, number: int, pieces: list[np.ndarray | None], dim: int) -> np.ndarray:
         """Concatenate pieces; an initializer's piece follows the order of the others' other axes."""
         out = self.node.outputs[number]
         shape = frame(state.structure(out) or ())
@@ -376,11 +388,18 @@ class Select(Statement):
         if not self.along or all(state.mask(value).all() for value in self._live()):
             return
         if self.how == "split":
-            yield SetInput(1, np.array([self._count(state, number) for number in range(len(self.parts))], np.int64))
+            yield from self._split_edits([self._count(state, number) for number in range(len(self.parts))])
         elif self.how == "gather":
             yield self._gather_edit(state)
         elif self.how == "slice":
             yield from self._slice_edits(state)
+
+    def _split_edits(self, counts: list[int]) -> Iterator[Edit]:
+        if "split" in self.node.attributes:  # opset 12 and before
+            yield SetAttribute("split", tuple(counts))
+            return
+        yield SetAttribute("num_outputs", None)
+        yield SetInput(1, np.array(counts, np.int64))
 
     def _count(self, state: State, number: int) -> int:
         out = self.node.outputs[number]

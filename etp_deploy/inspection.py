@@ -1,0 +1,215 @@
+"""What a model holds that is dead, what could go, and why the rest stays; nothing is written."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from etp_deploy.errors import UsageError
+from etp_deploy.modelfile import read_model
+from etp_deploy.surgery.plan import Layer, plan, reason
+from etp_deploy.surgery.policy import alignment_fill
+from etp_deploy.surgery.prepare import prepare
+from etp_deploy.surgery.shapes import frame_dims, has_labels
+from etp_deploy.surgery.thresholds import with_zeros
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from etp_deploy.surgery.analysis import Analysis
+
+# a chain of reasons longer than this says nothing more
+LONGEST_CHAIN = 40
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspection:
+    """What could be removed from a model.
+
+    Attributes:
+        source: the file read.
+        align: the alignment that was asked for.
+        zero_below: the relative threshold that was used.
+        layers: one row for each layer that could shrink.
+    """
+
+    source: str
+    align: str | int
+    zero_below: float
+    layers: tuple[Layer, ...]
+
+    def totals(self) -> dict[str, dict[str, int]]:
+        """Return sums by kind: total, constant, unread, removable, kept although dead."""
+        sums: dict[str, dict[str, int]] = {}
+        for row in self.layers:
+            entry = sums.setdefault(
+                row.kind, {"total": 0, "constant": 0, "unread": 0, "removable": 0, "kept_dead": 0}
+            )
+            entry["total"] += row.total
+            entry["constant"] += row.constant
+            entry["unread"] += row.unread
+            entry["removable"] += row.removed
+            entry["kept_dead"] += row.kept_dead
+        return sums
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the inspection as JSON values."""
+        return {
+            "schema": "etp-deploy/inspect/1",
+            "source": self.source,
+            "align": self.align,
+            "zero_below": self.zero_below,
+            "totals": self.totals(),
+            "layers": [
+                {**dataclasses.asdict(row), "removable": row.removed, "kept_dead": row.kept_dead}
+                for row in self.layers
+            ],
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """Why the indices along an axis of a tensor stay or go, as lines for a reader and as values."""
+
+    tensor: str
+    axis: int | None
+    total: int
+    kept: int
+    lines: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the explanation as JSON values."""
+        return {"schema": "etp-deploy/explain/1", **dataclasses.asdict(self)}
+
+
+def inspect(source: Path | str, *, align: str | int = "auto", zero_below: float = 0.0) -> Inspection:
+    """Return what `compress` would remove, layer by layer.
+
+    Args:
+        source: the model.
+        align: as for `compress`.
+        zero_below: as for `compress`.
+
+    Raises:
+        ModelError: when the source cannot be read as a model.
+        UsageError: when an option makes no sense.
+    """
+    analysis_rows = _analyse(source, align, zero_below)[0]
+    return Inspection(str(source), align, zero_below, analysis_rows)
+
+
+def _analyse(source: Path | str, align: str | int, zero_below: float) -> tuple[tuple[Layer, ...], Analysis]:
+    fill = alignment_fill(align)
+    model = read_model(Path(source))
+    if zero_below:
+        model = with_zeros(model, zero_below)
+    removal, analysis = plan(prepare(model).graph, fill)
+    return removal.layers, analysis
+
+
+def explain(
+    source: Path | str,
+    tensor: str,
+    axis: int | None = None,
+    *,
+    align: str | int = "auto",
+    zero_below: float = 0.0,
+) -> Explanation:
+    """Return the chain of reasons why indices along an axis of a tensor stay, node by node.
+
+    Args:
+        source: the model.
+        tensor: the name of a tensor of its main graph.
+        axis: which axis; the first with channels by default.
+        align: as for `compress`.
+        zero_below: as for `compress`.
+
+    Raises:
+        ModelError: when the source cannot be read as a model.
+        UsageError: when there is no such tensor or axis.
+    """
+    _, analysis = _analyse(source, align, zero_below)
+    value = _find(analysis, tensor, source)
+    structure = analysis.state.structure(value)
+    if structure is None:
+        return Explanation(tensor, axis, 0, 0, ("its shape is not known, so nothing of it can be removed",))
+    if axis is not None and not -len(structure) <= axis < len(structure):
+        raise UsageError(
+            f"the tensor has {len(structure)} axes", where=f"{tensor}:{axis}", hint="count from 0"
+        )
+    labels = [index for index, factors in enumerate(structure) if has_labels(factors)]
+    chosen = axis % len(structure) if axis is not None else (labels[0] if labels else None)
+    if chosen is None or chosen not in labels:
+        text = "no channels lie along this axis: nothing computes them one by one, or an operator could not follow them"
+        return Explanation(tensor, axis, 0, 0, (text, *_producer_line(analysis, value)))
+    dims = tuple(frame_dims(structure, chosen))
+    mask = analysis.state.mask(value)
+    others = tuple(dim for dim in range(mask.ndim) if dim not in dims)
+    kept = mask.any(axis=others).reshape(-1)
+    return Explanation(
+        tensor, chosen, int(kept.size), int(kept.sum()), tuple(_reasons(analysis, value, dims, kept))
+    )
+
+
+def _find(analysis: Analysis, tensor: str, source: Path | str) -> ir.Value:
+    values = {
+        value.name: value for node in analysis.graph for value in (*node.inputs, *node.outputs) if value
+    }
+    if tensor not in values:
+        close = sorted(str(name) for name in values if tensor.lower() in str(name).lower())[:3]
+        hint = f"did you mean {', '.join(close)}" if close else "inspect without --explain lists the layers"
+        raise UsageError("the model has no such tensor", where=f"{source}: {tensor}", hint=hint)
+    return values[tensor]
+
+
+def _producer_line(analysis: Analysis, value: ir.Value) -> list[str]:
+    node = value.producer()
+    if node is None:
+        return ["it is an input of the model or an initializer"]
+    pins = [cause for item in node.inputs if item for cause in analysis.state.pins.get(item, {}).values()]
+    return [f"made by {node.op_type} {node.name or ''}: {cause.text}" for cause in pins if cause.node is node]
+
+
+def _reasons(analysis: Analysis, value: ir.Value, dims: tuple[int, ...], kept: np.ndarray) -> list[str]:
+    """Return one paragraph for each different first reason, most frequent first."""
+    state = analysis.state
+    why = (
+        state.why[value]
+        .max(axis=tuple(dim for dim in range(state.why[value].ndim) if dim not in dims))
+        .reshape(-1)
+    )
+    lines = [f"{int(kept.sum())} of {kept.size} stay"]
+    constant = state.constant(value)
+    if constant is not None:
+        held = constant.known.all(
+            axis=tuple(dim for dim in range(constant.known.ndim) if dim not in dims)
+        ).reshape(-1)
+        lines.append(f"{int(held.sum())} are known constants, of which {int((held & kept).sum())} stay")
+    gone = int((~kept).sum())
+    if gone:
+        lines.append(f"{gone} go: constant, or read by nothing that stays")
+    groups, counts = np.unique(why[kept], return_counts=True)
+    for index, count in sorted(zip(groups, counts, strict=True), key=lambda item: -item[1]):
+        lines.append(f"{count} stay, {reason(analysis, int(index))}")
+        lines += [f"    because {line}" for line in _chain(analysis, int(index), {value})]
+    return lines
+
+
+def _chain(analysis: Analysis, index: int, seen: set[ir.Value]) -> list[str]:
+    """Follow a reason back to where it comes from."""
+    state = analysis.state
+    lines: list[str] = []
+    while len(lines) < LONGEST_CHAIN:
+        source = state.causes[index].source
+        if source is None or source in seen or source not in state.why:
+            return lines
+        seen.add(source)
+        causes = [int(item) for item in np.unique(state.why[source]) if 0 < item < index]
+        if not causes:
+            return lines
+        index = causes[-1]
+        lines.append(f"{source.name} stays, {reason(analysis, index)}")
+    return lines
