@@ -12,6 +12,8 @@ import torch
 
 # torch warns of every optional package it does without
 logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+# pytest would collect thousands of lines of its tracing
+logging.getLogger("torch.__trace").disabled = True
 
 if TYPE_CHECKING:
     from pathlib import Path

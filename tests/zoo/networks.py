@@ -39,6 +39,8 @@ class Network:
         needs: a package that the definition imports.
         exporters: the exporters that can write it.
         constants: whether units with zero weights and live biases can go; where not, all of them is zero.
+        masked: exporters whose attention is zero, not constant, for a sequence that is masked as a whole:
+            heads with constant values must stay there.
         core: whether the test suite looks at it in many variants, or in a few.
     """
 
@@ -49,6 +51,7 @@ class Network:
     needs: str = ""
     exporters: tuple[str, ...] = EXPORTERS
     constants: bool = True
+    masked: tuple[str, ...] = ()
     core: bool = False
 
     @property
@@ -129,14 +132,16 @@ _SERIES = {"x": (("batch", 10, 12), 0)}
 
 ZOO: dict[str, Network] = {
     "vgg": Network(Vgg, _VGG, _image(16), ("conv0", "conv2", "conv4", "fc0"), core=True),
-    "vgg-pool": Network(partial(Vgg, head="pool", bias=False), _VGG, _image(16), core=True),
+    "vgg-pool": Network(partial(Vgg, head="pool", bias=False), _VGG, _image(16)),
     "resnet": Network(ResNet, _RESNET, _image(16), ("0b0", "stage1", "2b1"), core=True),
-    "resnet-bottleneck": Network(BottleneckResNet, _BOTTLENECK, _image(32), ("0b0.2", "stage0"), core=True),
+    "resnet-bottleneck": Network(BottleneckResNet, _BOTTLENECK, _image(32), ("0b0.2", "stage0")),
     "mobilenetv2": Network(MobileNetV2, _MOBILE, _image(32), ("e2", "stream1"), core=True),
     "vit": Network(Vit, _VIT, _image(16), ("heads0", "mlp1"), core=True),
     "vit-packed": Network(partial(Vit, form="packed"), _VIT, _image(16), ("heads1", "mlp0"), core=True),
-    "vit-mha": Network(partial(Vit, form="mha"), _VIT, _image(16), core=True),
-    "bert": Network(Bert, _VIT, _TEXT, ("heads0", "mlp1"), "transformers", core=True),
+    "vit-mha": Network(partial(Vit, form="mha"), _VIT, _image(16)),
+    "bert": Network(
+        Bert, _VIT, _TEXT, ("heads0", "mlp1"), "transformers", masked=("torchscript",), core=True
+    ),
     "bert-eager": Network(partial(Bert, form="eager"), _VIT, _TEXT, (), "transformers"),
     "resnext": Network(partial(BottleneckResNet, groups=4), _RESNEXT, _image(32), ("0b0.1",)),
     "densenet": Network(DenseNet, _DENSE, _image(16), ("0.0.growth", "1.0.inner")),

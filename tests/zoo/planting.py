@@ -58,7 +58,7 @@ class Planted:
         return {k: self.widths[k] - self.live[k] for k in self.live if self.widths[k] != self.live[k]}
 
 
-def plant(net: nn.Module, planting: Planting, seed: int = 0) -> Planted:
+def plant(net: nn.Module, planting: Planting, seed: int = 0, stay: tuple[str, ...] = ()) -> Planted:
     """Zero what the planting asks for, in place.
 
     A carrier is needed where a zero-padded convolution reads units that are non-zero constants: the sum over
@@ -67,6 +67,12 @@ def plant(net: nn.Module, planting: Planting, seed: int = 0) -> Planted:
     reads the same channels: exactly what the native network costs when that width is larger by one. Several
     such convolutions can share a carrier where they read the same channels (a residual stream; a skip that an
     encoder and a decoder read).
+
+    Args:
+        net: from the zoo, at full width.
+        planting: what dies.
+        seed: of the places.
+        stay: kinds of sites whose non-zero constants are no constants in the exported file.
 
     Returns:
         The widths of the native network that computes the same.
@@ -84,6 +90,8 @@ def plant(net: nn.Module, planting: Planting, seed: int = 0) -> Planted:
                 slot.zero(units)
         elif _silence(site, planting, units, units[::count]):
             constant.append(site)
+            if site.kind in stay:
+                live[site.key] += count
     widths = dict(live)
     for key in _carried(constant):
         widths[key] += 1
