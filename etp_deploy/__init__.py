@@ -31,7 +31,16 @@ _HOMES = {
     "verify": "etp_deploy.verification",
 }
 
-__all__ = ["TorqueRegularizer", "__version__", "benchmark", "bundle", "compress", "export", "inspect", "verify"]
+__all__ = [
+    "TorqueRegularizer",
+    "__version__",
+    "benchmark",
+    "bundle",
+    "compress",
+    "export",
+    "inspect",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -79,9 +79,13 @@ def whole_folder(path: Path) -> Iterator[Path]:
         OutputError: when the destination exists and is not an empty folder, or cannot be written.
     """
     if not path.parent.is_dir():
-        raise OutputError("the output's parent folder does not exist", where=str(path), hint="create it first")
+        raise OutputError(
+            "the output's parent folder does not exist", where=str(path), hint="create it first"
+        )
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise OutputError("the output folder exists already", where=str(path), hint="remove it or choose another name")
+        raise OutputError(
+            "the output folder exists already", where=str(path), hint="remove it or choose another name"
+        )
     try:
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
     except OSError as error:

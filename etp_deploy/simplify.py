@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 from etp_deploy.errors import EtpError
 from etp_deploy.modelfile import read_model, write_model
+from etp_deploy.sizes import elements
 from etp_deploy.worker import isolated
 
 if TYPE_CHECKING:
@@ -50,8 +50,7 @@ def _better(before: ir.Model, after: ir.Model) -> bool:
     """No more nodes, no more weights, and fewer of one of them; the interface unchanged."""
     nodes = [sum(1 for _ in model.graph.all_nodes()) for model in (before, after)]
     weights = [
-        sum(math.prod(value.shape) for value in model.graph.initializers.values() if value.shape is not None)
-        for model in (before, after)
+        sum(elements(value) for value in model.graph.initializers.values()) for model in (before, after)
     ]
     interface = [
         [(value.name, value.type) for value in (*model.graph.inputs, *model.graph.outputs)]

@@ -39,11 +39,16 @@ class ModelSizes:
 def model_sizes(model: ir.Model, path: Path) -> ModelSizes:
     """Count a model's sizes; `path` is where it lies."""
     return ModelSizes(
-        parameters=sum(math.prod(value.shape) for value in _weights(model) if value.shape is not None),
+        parameters=sum(elements(value) for value in _weights(model)),
         bytes=file_bytes(model, path),
         macs=count_macs(model),
         nodes=sum(1 for _ in model.graph.all_nodes()),
     )
+
+
+def elements(value: ir.Value) -> int:
+    """Return how many elements an initializer has."""
+    return 0 if value.const_value is None else int(value.const_value.size)
 
 
 def _weights(model: ir.Model) -> Iterable[ir.Value]:
@@ -102,7 +107,11 @@ def node_macs(node: ir.Node, bindings: Mapping[str, int]) -> int | None:
         return math.prod(out) * math.prod(second[1:])
     if node.op_type == "ConvTranspose":
         return math.prod(first) * math.prod(second[1:])
-    inner = second[1] if node.op_type == "Gemm" and node.attributes.get_int("transB", 0) else second[-2:][0]
+    inner = (
+        second[1]
+        if node.op_type == "Gemm" and node.attributes.get_int("transB", 0) != 0
+        else second[-2:][0]
+    )
     return math.prod(out) * inner
 
 
@@ -111,4 +120,5 @@ def concrete(value: ir.Value | None, bindings: Mapping[str, int]) -> list[int] |
     if value is None or value.shape is None:
         return None
     sizes = [dim if isinstance(dim, int) else dim.evaluate(bindings) for dim in value.shape]
-    return [int(size) for size in sizes] if all(isinstance(size, int) for size in sizes) else None
+    known = [size for size in sizes if isinstance(size, int)]
+    return known if len(known) == len(sizes) else None

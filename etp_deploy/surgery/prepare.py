@@ -289,31 +289,17 @@ def _rebuild_target(
     reshape = node.op_type == "Reshape"
     data = node.inputs[0]
     shape = [Size.of(dim) for dim in data.shape] if data is not None and data.shape is not None else []
-    out = node.outputs[0].shape
-    # a literal -1 means what inference made of it
-    wanted = _without_minus_one(entries, shape) if reshape else entries
-    if wanted is None and out is not None:
-        wanted = [
-            Size.of(dim) if entry == Size(-1) else entry for entry, dim in zip(entries, out, strict=True)
-        ]
-    if wanted is None:
+    wanted = _wanted_sizes(node, entries, shape)
+    if wanted is None or any(size == Size(0) for size in wanted):
         return False
-    if any(size == Size(0) for size in wanted):
-        return False
-    values: list[int | Size] = []
-    for position, size in enumerate(wanted):
-        if size.static is not None:
-            values.append(size.coefficient)
-        elif reshape and position < len(shape) and shape[position] == size:
-            values.append(0)
-        else:
-            values.append(size)
+    values = _literal_entries(wanted, shape if reshape else [])
     unknown = [position for position, value in enumerate(values) if isinstance(value, Size)]
-    if reshape and unknown and -1 not in values:
+    if reshape and unknown:
         # -1 is best spent on a size that no graph input has as it is
         values[max(unknown, key=lambda position: str(wanted[position]) not in sources)] = -1
     wording = " ".join(str(value) for value in values)
-    if node.inputs[index].metadata_props.get(_RESOLVED) == wording:
+    target = node.inputs[index]
+    if target is None or target.metadata_props.get(_RESOLVED) == wording:
         return False  # nothing more became known since the last round
     pieces = list(_pieces(graph, node, values, sources))
     if None in pieces:
@@ -322,10 +308,31 @@ def _rebuild_target(
         node.attributes["allowzero"] = ir.AttrInt64("allowzero", 0)
         if opset(graph) < _ALLOWZERO_OPSET:
             del node.attributes["allowzero"]
-    target = _concatenated(graph, node, pieces)
-    target.metadata_props[_RESOLVED] = wording
-    node.replace_input_with(index, target)
+    rebuilt = _concatenated(graph, node, pieces)
+    rebuilt.metadata_props[_RESOLVED] = wording
+    node.replace_input_with(index, rebuilt)
     return True
+
+
+def _wanted_sizes(node: ir.Node, entries: list[Size], shape: list[Size]) -> list[Size] | None:
+    """Return the sizes that a target asks for, its -1 resolved; None where that is not known."""
+    if node.op_type != "Reshape":
+        return entries
+    wanted = _without_minus_one(entries, shape)
+    out = node.outputs[0].shape
+    if wanted is None and out is not None:
+        return [Size.of(dim) if entry == Size(-1) else entry for entry, dim in zip(entries, out, strict=True)]
+    return wanted
+
+
+def _literal_entries(wanted: list[Size], shape: list[Size]) -> list[int | Size]:
+    """Write sizes as numbers, as 0 where a Reshape copies its data's size, or as they are."""
+    return [
+        size.coefficient
+        if size.static is not None
+        else (0 if position < len(shape) and shape[position] == size else size)
+        for position, size in enumerate(wanted)
+    ]
 
 
 def _without_minus_one(entries: list[Size], shape: list[Size]) -> list[Size] | None:

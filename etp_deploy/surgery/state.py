@@ -32,7 +32,7 @@ class Constant:
     @property
     def zero(self) -> np.ndarray:
         """Where the channel is known to be exactly zero."""
-        return self.known & (self.value == 0)
+        return np.asarray(self.known & (self.value == 0))
 
 
 @dataclass(frozen=True)

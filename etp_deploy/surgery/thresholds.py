@@ -25,7 +25,7 @@ def _weights(graph: ir.Graph) -> Iterator[tuple[ir.Value, int]]:
         if value is None or not value.is_initializer() or value.const_value is None or value in seen:
             continue
         seen.add(value)
-        if node.op_type == "Gemm" and node.attributes.get_int("transB", 0):
+        if node.op_type == "Gemm" and node.attributes.get_int("transB", 0) != 0:
             axis = 0
         array = value.const_value
         if array.dtype.is_floating_point() and len(array.shape) >= 2:

@@ -271,11 +271,7 @@ class Contraction(Statement):
         if read_unknown.all():
             return
         result = self._sums(value).reshape(-1)
-        bias = (
-            None
-            if self.bias is None or len(self.node.inputs) <= self.bias
-            else array_of(self.node.inputs[self.bias])
-        )
+        bias = array_of(self._bias_value())
         ok = ~read_unknown.reshape(-1)
         if bias is not None:
             rows = bias.reshape(-1, bias.shape[-1] if bias.ndim else 1)
@@ -332,7 +328,7 @@ class Contraction(Statement):
         shape = [1] * len(self._data_frame)
         for own, _ in self._batch:
             shape[own] = self._data_frame[own]
-        return kept.reshape(shape)
+        return np.asarray(kept).reshape(shape)
 
     def _spread_batch(self, state: State) -> None:
         """Other labelled axes (heads in front of a weight that all share) keep the same indices on both sides."""
@@ -344,7 +340,7 @@ class Contraction(Statement):
             state.grow(
                 self.data, self._batch_rows(state), Cause("read at the same index by", self.node, self.out)
             )
-        rows = data.any(axis=tuple(dim for dim in range(data.ndim) if dim not in owns))
+        rows = np.asarray(data.any(axis=tuple(dim for dim in range(data.ndim) if dim not in owns)))
         shape = [1] * len(self._out_frame)
         for _, target in self._batch:
             shape[target] = self._out_frame[target]
@@ -357,7 +353,7 @@ class Contraction(Statement):
         """A depthwise channel stays on both sides or on neither."""
         if not self._data_dims or self.nonzero.shape[2] != 1:
             return
-        kept = self._kept_outputs(state).any(axis=1, keepdims=True)
+        kept = np.asarray(self._kept_outputs(state).any(axis=1, keepdims=True))
         self._grow_inputs(state, kept, Cause("read by the same group of", self.node, self.out))
         inputs = self.kept_inputs(state)
         if self.nonzero.shape[1] == 1:
@@ -394,7 +390,7 @@ class Contraction(Statement):
         cause = Cause("groups keep equal counts at", self.node, spare=True)
         outputs = self._kept_outputs(state)
         inputs = self.kept_inputs(state) if self._data_dims else np.ones(self.nonzero.shape[::2], bool)
-        groups = outputs.any(axis=1) | (inputs.any(axis=1) & bool(self._data_dims))
+        groups = np.asarray(outputs.any(axis=1) | (inputs.any(axis=1) & bool(self._data_dims)))
         if not self._data_dims:
             groups = np.ones_like(groups)
         return self._grow_inputs(state, _equal_rows(inputs, groups), cause) | self._grow_outputs(
@@ -414,7 +410,7 @@ class Contraction(Statement):
         read = (self.nonzero & self._kept_outputs(state)[:, :, None]).any(axis=1)
         kept = self.kept_inputs(state)
         lacking = (usable & read & ~kept).any(axis=1) & ~(usable & kept).any(axis=1)
-        return usable & lacking[:, None]
+        return np.asarray(usable & lacking[:, None])
 
     def held(self, state: State) -> np.ndarray:
         """Return the constants of the input channels, 0 where not known, as (group, input of the group)."""
@@ -466,7 +462,7 @@ class Contraction(Statement):
         low, high = coordinate.min(axis=others), coordinate.max(axis=others)
         if not np.array_equal(low, high):
             raise ConflictError([self.data, self.out])
-        return low
+        return np.asarray(low)
 
     def _input_order(self, state: State) -> np.ndarray:
         """Return the contracted positions in the data's order (positions of the flattened labels)."""
@@ -482,7 +478,7 @@ class Contraction(Statement):
                 raise ConflictError([self.data])
             lines.append(low)
         order = np.ravel_multi_index(tuple(lines), tuple(self._data_frame[dim] for dim in self._data_dims))
-        return order.reshape(-1)
+        return np.asarray(order).reshape(-1)
 
     def _group_order(self, state: State) -> np.ndarray:
         if self.weight.groups == 1:
@@ -496,7 +492,7 @@ class Contraction(Statement):
         rows = groups.reshape(-1, width) if groups.size % width == 0 else groups[:, None]
         if (rows != rows[:, :1]).any():
             raise ConflictError([self.data, self.out])
-        return rows[:, 0]
+        return np.asarray(rows[:, 0])
 
     # edits
 
@@ -550,13 +546,13 @@ class Contraction(Statement):
         if self._out_frame[self._out_dim] == 1:
             rows = np.zeros((len(order), 1), np.int64) if self.weight.groups == 1 else rows
         if not self._data_dims:
-            return grouped[order[:, None], rows]
+            return np.asarray(grouped[order[:, None], rows])
         columns = self._input_order(state)
         if self.weight.groups == 1:
             taken = np.take(grouped[0], rows[0], axis=0) if len(rows[0]) < grouped.shape[1] else grouped[0]
             return self._cut_merged(taken, columns)[None]
         inner = (columns % per_input).reshape(len(order), -1)
-        return grouped[order[:, None, None], rows[:, :, None], inner[:, None, :]]
+        return np.asarray(grouped[order[:, None, None], rows[:, :, None], inner[:, None, :]])
 
     def _cut_merged(self, weight: np.ndarray, columns: np.ndarray) -> np.ndarray:
         """Take input channels from an axis that may be a product (channels times space after a Flatten)."""
@@ -576,25 +572,22 @@ class Contraction(Statement):
     ) -> Iterator[Edit]:
         dtype = self._array().dtype
         share = self._sums(np.where(gone, value, 0.0)).reshape(-1)[channels]
-        has_slot = self.bias is not None
-        bias = array_of(self.node.inputs[self.bias]) if has_slot and self._has_bias() else None
+        bias = array_of(self._bias_value())
         if bias is not None and self.bias is not None:
             cut = bias if not bias.ndim or bias.shape[-1] == 1 else np.take(bias, channels, axis=-1)
             if folded:
                 cut = (cut.astype(np.float64) + share).astype(dtype)
             if folded or cut.shape != bias.shape:
                 yield SetInput(self.bias, cut)
-        elif folded and has_slot and self.bias is not None:
+        elif folded and self.bias is not None:
             yield SetInput(self.bias, share.astype(dtype))
         elif folded:
             yield AddVector(self.out_axis, share.astype(dtype))
 
-    def _has_bias(self) -> bool:
-        return (
-            self.bias is not None
-            and len(self.node.inputs) > self.bias
-            and self.node.inputs[self.bias] is not None
-        )
+    def _bias_value(self) -> ir.Value | None:
+        if self.bias is None or len(self.node.inputs) <= self.bias:
+            return None
+        return self.node.inputs[self.bias]
 
 
 def _equal_rows(mask: np.ndarray, groups: np.ndarray) -> np.ndarray:

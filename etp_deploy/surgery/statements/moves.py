@@ -170,12 +170,11 @@ class Reshape(Move):
 def _counts(mask: np.ndarray) -> tuple[int, ...]:
     """Return how many indices a rectangular mask keeps along each dimension, outermost first."""
     counts = []
-    rows = mask.reshape(1, -1)
+    rest = mask.size
     for extent in mask.shape:
-        rows = rows.reshape(-1, extent, rows.shape[1] // extent) if extent else rows[..., None]
-        per_row = rows.any(axis=2).sum(axis=1)
-        counts.append(int(per_row.max(initial=0)))
-        rows = rows.reshape(-1, rows.shape[2])
+        rest //= max(extent, 1)
+        rows = mask.reshape(-1, extent, rest)
+        counts.append(int(rows.any(axis=2).sum(axis=1).max(initial=0)) if mask.size else 0)
     return tuple(counts)
 
 

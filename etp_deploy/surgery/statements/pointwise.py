@@ -138,9 +138,9 @@ class Pointwise(Statement):
         for index, axis_map in self.maps.items():
             value = self._value(index)
             array = array_of(value)
-            if array is not None and array.dtype.kind == "f" and axis in axis_map:
-                if array.shape[axis_map.index(axis)] > 1:
-                    return True
+            floats = array is not None and array.dtype.kind == "f"
+            if array is not None and floats and axis in axis_map and array.shape[axis_map.index(axis)] > 1:
+                return True
         return False
 
     def _parameter_structure(self, index: int, axes: Structure) -> Structure:
@@ -178,7 +178,7 @@ class Pointwise(Statement):
         others = tuple(dim for dim in range(array.ndim) if dim not in linked)
         array = array.max(axis=others) if reduce is None else reduce.reduce(array, axis=others)
         shape = [1] * out_dims
-        order = np.argsort([target for _, target in sorted(links)]) if links else []
+        order = np.argsort([target for _, target in sorted(links)])
         for (_, target), extent in zip(sorted(links), array.shape, strict=True):
             shape[target] = extent
         return np.transpose(array, order).reshape(shape) if links else array.reshape(shape)
@@ -187,12 +187,12 @@ class Pointwise(Statement):
         """Bring the output's mask into an operand's dimensions (1 where they are not linked)."""
         links = self.links[index]
         others = tuple(dim for dim in range(mask.ndim) if dim not in [target for _, target in links])
-        mask = mask.any(axis=others)
+        mask = np.asarray(mask.any(axis=others))
         by_target = sorted(links, key=lambda link: link[1])
         shape = [1] * own_dims
         for (own, _), extent in zip(by_target, mask.shape, strict=True):
             shape[own] = extent
-        order = np.argsort([own for own, _ in by_target]) if by_target else []
+        order = np.argsort([own for own, _ in by_target])
         return np.transpose(mask, order).reshape(shape) if links else mask.reshape(shape)
 
     # constants
@@ -381,8 +381,8 @@ class Pointwise(Statement):
                     found[dim] = coordinate
                 elif not _same(known, coordinate):
                     raise ConflictError([self.out, *(self._value(other) for other in self._live())])
-        for dim, coordinate in enumerate(found):
-            if coordinate is None:
+        for dim, fixed in enumerate(found):
+            if fixed is None:
                 found[dim] = self._own_order(state, dim)
         full = np.broadcast_arrays(*(item for item in found if item is not None)) if found else []
         layout = np.ravel_multi_index(tuple(full), shape) if shape else np.zeros((), int)

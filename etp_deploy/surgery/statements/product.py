@@ -239,7 +239,7 @@ class Product(Statement):
         """Return the source's kept indices along the axes shared with the target, and the target's mask."""
         wanted, mask = self._lift(state.mask(source), a), self._lift(state.mask(target), b)
         extra = tuple(dim for dim in range(mask.ndim) if mask.shape[dim] == 1 and wanted.shape[dim] > 1)
-        return (wanted.any(axis=extra, keepdims=True) if extra else wanted), mask
+        return np.asarray(wanted.any(axis=extra, keepdims=True)) if extra else wanted, mask
 
     def repair(self, state: State) -> bool:
         """A head that one tensor keeps has at least one index in the others."""

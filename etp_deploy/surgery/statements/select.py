@@ -38,6 +38,10 @@ if TYPE_CHECKING:
     from etp_deploy.surgery.state import State
 
 
+Piece = tuple[int, np.ndarray, slice]
+"""An input's number, its indices along the axis, and where they stand in the output."""
+
+
 class Select(Statement):
     """Output indices along one axis taken from given input indices: Concat, Split, Slice, Gather with constants.
 
@@ -158,11 +162,11 @@ class Select(Statement):
 
     # frames
 
-    def _dim(self, state: State, index: int) -> int:
+    def _dim(self, index: int) -> int:
         """Return the frame dimension of the axis."""
         return frame_dims(self.own[index], self.axis)[0]
 
-    def _pieces(self, state: State, number: int) -> Iterator[tuple[int, np.ndarray, slice]]:
+    def _pieces(self, number: int) -> Iterator[Piece]:
         """Yield the input, its indices and where they stand in the output."""
         start = 0
         for index, indices in self.parts[number]:
@@ -196,12 +200,12 @@ class Select(Statement):
             return
         for number, value in enumerate(self.node.outputs):
             known, values = [], []
-            for index, indices, _ in self._pieces(state, number):
+            for index, indices, _ in self._pieces(number):
                 piece = self._constant_piece(state, index)
-                dim = self._dim(state, index)
+                dim = self._dim(index)
                 known.append(self._get(piece[0], indices, dim, self._labelled_here(index)))
                 values.append(self._get(piece[1], indices, dim, self._labelled_here(index)))
-            dim = self._dim(state, self.parts[number][0][0])
+            dim = self._dim(self.parts[number][0][0])
             if self.along:
                 joined, held = np.concatenate(known, axis=dim), np.concatenate(values, axis=dim)
             else:
@@ -234,50 +238,43 @@ class Select(Statement):
             return
         inputs = self._inputs()
         for number, out in enumerate(self.node.outputs):
-            for index, indices, where in self._pieces(state, number):
-                value = inputs[index]
+            for piece in self._pieces(number):
+                value = inputs[piece[0]]
                 if value.is_initializer():
                     continue
-                dim = self._dim(state, index)
-                self._back(state, value, out, indices, where, dim, index)
-                incoming = self._get(state.mask(value), indices, dim, self._labelled_here(index))
-                self._forth(state, value, out, incoming, where, dim)
+                mask = state.mask(value)
+                back = Cause("taken from here by", self.node, out)
+                forth = Cause("taken to here by", self.node, value)
+                state.grow(value, self._back(mask, state.mask(out), piece), back)
+                state.grow(out, self._forth(mask, state.mask(out), piece), forth)
 
-    def _back(
-        self,
-        state: State,
-        value: ir.Value,
-        out: ir.Value,
-        indices: np.ndarray,
-        where: slice,
-        dim: int,
-        index: int,
-    ) -> None:
-        mask = state.mask(out)
+    def _back(self, mask: np.ndarray, out: np.ndarray, piece: Piece) -> np.ndarray:
+        """Bring the output's kept positions back to an input."""
+        index, indices, where = piece
+        dim = self._dim(index)
         if self.drop:
-            mask = np.expand_dims(mask, dim)
-        grown = np.zeros_like(state.mask(value))
+            out = np.expand_dims(out, dim)
         if not self.along:
-            grown |= mask
-        elif not self._labelled_here(index):
-            grown |= mask[(slice(None),) * dim + (where,)].any(axis=dim, keepdims=True)
-        else:
-            np.logical_or.at(grown, (slice(None),) * dim + (indices,), mask[(slice(None),) * dim + (where,)])
-        state.grow(value, grown, Cause("taken from here by", self.node, out))
+            return np.broadcast_to(out, mask.shape)
+        taken = out[(slice(None),) * dim + (where,)]
+        if not self._labelled_here(index):
+            return np.asarray(taken.any(axis=dim, keepdims=True))
+        grown = np.zeros_like(mask)
+        grown[(slice(None),) * dim + (indices,)] = taken  # indices are unique
+        return grown
 
-    def _forth(
-        self, state: State, value: ir.Value, out: ir.Value, incoming: np.ndarray, where: slice, dim: int
-    ) -> None:
-        mask = state.mask(out)
+    def _forth(self, mask: np.ndarray, out: np.ndarray, piece: Piece) -> np.ndarray:
+        """Bring an input's kept positions to the output."""
+        index, indices, where = piece
+        dim = self._dim(index)
+        incoming = self._get(mask, indices, dim, self._labelled_here(index))
         if self.drop:
-            incoming = np.squeeze(incoming, dim)
-            grown = incoming
-        elif self.along:
-            grown = np.zeros_like(mask)
-            grown[(slice(None),) * dim + (where,)] = incoming
-        else:
-            grown = incoming
-        state.grow(out, grown, Cause("taken to here by", self.node, value))
+            return np.squeeze(incoming, dim)
+        if not self.along:
+            return incoming
+        grown = np.zeros_like(out)
+        grown[(slice(None),) * dim + (where,)] = incoming
+        return grown
 
     # layout
 
@@ -287,8 +284,8 @@ class Select(Statement):
             if not self.active:
                 default_layout(state, out)
                 continue
-            pieces = [self._piece_layout(state, number, *piece) for piece in self._pieces(state, number)]
-            dim = self._dim(state, self.parts[number][0][0])
+            pieces = [self._piece_layout(state, number, *piece) for piece in self._pieces(number)]
+            dim = self._dim(self.parts[number][0][0])
             live = [piece for piece in pieces if piece is not None]
             if not self.along:
                 if any(not np.array_equal(piece, live[0]) for piece in live):
@@ -306,7 +303,7 @@ class Select(Statement):
     def _columns(self, state: State, index: int, indices: np.ndarray) -> np.ndarray:
         """Return which places along the reduced axis hold the wanted indices; the same in every row."""
         value = self._inputs()[index]
-        dim = self._dim(state, index)
+        dim = self._dim(index)
         coordinate = coordinates(state.layouts[value], state.mask(value).shape)[dim]
         chosen = np.isin(coordinate, indices)
         others = tuple(other for other in range(chosen.ndim) if other != dim)
@@ -329,7 +326,7 @@ class Select(Statement):
         out_frame = frame(state.structure(self.node.outputs[number]) or ())
         if value.is_initializer():
             return None
-        dim = self._dim(state, index)
+        dim = self._dim(index)
         layout = state.layouts[value]
         coords = coordinates(layout, state.mask(value).shape)
         if self.along and self._labelled_here(index):
@@ -360,7 +357,7 @@ class Select(Statement):
             raise ConflictError([out])
         model = coordinates(np.take(live[0], [0], axis=dim) if live[0].shape[dim] else live[0], shape)
         joined = []
-        for piece, (index, indices, where) in zip(pieces, self._pieces(state, number), strict=True):
+        for piece, (_, _, where) in zip(pieces, self._pieces(number), strict=True):
             if piece is not None:
                 joined.append(piece)
                 continue
@@ -403,7 +400,7 @@ class Select(Statement):
 
     def _count(self, state: State, number: int) -> int:
         out = self.node.outputs[number]
-        return int(state.layouts[out].shape[self._dim(state, self.parts[number][0][0])])
+        return int(state.layouts[out].shape[self._dim(self.parts[number][0][0])])
 
     def _gather_edit(self, state: State) -> Edit:
         index, indices = self.parts[0][0]
@@ -443,12 +440,10 @@ class Select(Statement):
             start = 0
             for index, indices in self.parts[number]:
                 if self._inputs()[index].is_initializer():
-                    yield from self._cut(index, coords, start, len(indices), state)
+                    yield from self._cut(index, coords, start, len(indices))
                 start += len(indices)
 
-    def _cut(
-        self, index: int, coords: list[np.ndarray], start: int, length: int, state: State
-    ) -> Iterator[Edit]:
+    def _cut(self, index: int, coords: list[np.ndarray], start: int, length: int) -> Iterator[Edit]:
         """Cut a joined initializer along each labelled axis (axes that vary together were refused before)."""
         takes = []
         structure = self.own[index]
