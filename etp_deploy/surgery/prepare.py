@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 # entries that a shape-computing value may have and still be replaced by a constant
 _LARGEST_SHAPE = 64
-_SHAPE_INPUT = {"Reshape": 1, "Expand": 1}
+_SHAPE_INPUT = {"Reshape": 1, "Expand": 1, "ConstantOfShape": 0}
 _ALLOWZERO_OPSET = 14
 _RESOLVED = "etp_deploy.resolved"
 
@@ -51,7 +51,7 @@ def prepare(model: ir.Model) -> ir.Model:
         infer_shapes(model)
         changed = _fold_integers(model.graph) | _resolve_shapes(model.graph) | _fill_shapes(model.graph)
         passes.RemoveUnusedNodesPass()(model)
-    if _absorb_padding(model.graph):
+    if _absorb_padding(model.graph) | _omit_zero_states(model.graph):
         passes.RemoveUnusedNodesPass()(model)
     return model
 
@@ -226,6 +226,46 @@ def _absorb_padding(graph: ir.Graph) -> bool:
             user.replace_input_with(0, node.inputs[0])
         absorbed = True
     return absorbed
+
+
+_STATES = {"LSTM": (5, 6), "GRU": (5,), "RNN": (5,)}
+
+
+def _omit_zero_states(graph: ir.Graph) -> bool:
+    """Leave out initial states that are computed as zeros, which is what an omitted one is; say if any was."""
+    omitted = False
+    for node in graph:
+        for index in _STATES.get(node.op_type, ()):
+            value = node.inputs[index] if index < len(node.inputs) else None
+            if value is not None and not value.is_initializer() and _is_zero(value):
+                node.replace_input_with(index, None)
+                omitted = True
+    return omitted
+
+
+def _is_zero(value: ir.Value | None) -> bool:
+    """Return whether a tensor is zero throughout, however large."""
+    if value is None:
+        return False
+    if value.is_initializer():
+        return value.const_value is not None and not value.const_value.numpy().any()
+    node = value.producer()
+    if node is None:
+        return False
+    if node.op_type in {
+        "Expand",
+        "Unsqueeze",
+        "Squeeze",
+        "Reshape",
+        "Transpose",
+        "Tile",
+        "Identity",
+        "Slice",
+        "Cast",
+    }:
+        return _is_zero(node.inputs[0])
+    filled = node.attributes.get("value")
+    return node.op_type == "ConstantOfShape" and (filled is None or not filled.as_tensor().numpy().any())
 
 
 def _takes_padding(node: ir.Node, value: ir.Value) -> bool:

@@ -12,6 +12,7 @@ from etp_deploy.errors import PlanError
 from etp_deploy.surgery.prepare import constant
 from etp_deploy.surgery.statements.base import (
     AddVector,
+    Affine,
     Edit,
     GatherInput,
     SetAttribute,
@@ -39,12 +40,14 @@ class Rewriter:
         """Apply all edits; vectors to add come last, since they may join an initializer that was cut."""
         for node, changes in edits:
             for change in changes:
-                if not isinstance(change, AddVector):
+                if not isinstance(change, AddVector | Affine):
                     self._apply(node, change)
         for node, changes in edits:
             for change in changes:
                 if isinstance(change, AddVector):
                     self._add_vector(node, change)
+                elif isinstance(change, Affine):
+                    self._affine(node, change)
 
     def _apply(self, node: ir.Node, edit: Edit) -> None:
         match edit:
@@ -156,19 +159,36 @@ class Rewriter:
         shape = [1] * (rank - edit.axis)
         shape[0] = -1
         vector = constant(self.graph, edit.vector.reshape(shape), f"{out.name}_constant")
-        add = ir.node("Add", [out, vector])
-        add.outputs[0].type = out.type
-        output_places = [place for place, value in enumerate(self.graph.outputs) if value is out]
-        if output_places:
-            add.outputs[0].name, out.name = out.name, f"{out.name}_before_constant"
-            add.outputs[0].shape = out.shape
+        self._insert_after(out, "Add", vector, "constant")
+
+    def _affine(self, node: ir.Node, edit: Affine) -> None:
+        out = node.outputs[0]
+        dtype = np.dtype(np.float32) if out.dtype is None else out.dtype.numpy()
+        if edit.offset is not None:  # added second, so inserted first
+            offset = constant(self.graph, edit.offset.astype(dtype), f"{out.name}_offset")
+            self._insert_after(out, "Add", offset, "offset")
+        if edit.scale != 1.0:
+            scale = constant(self.graph, np.array(edit.scale, dtype), f"{out.name}_scale")
+            self._insert_after(out, "Mul", scale, "scale")
+
+    def _insert_after(self, out: ir.Value, operator: str, operand: ir.Value, what: str) -> None:
+        """Put an operator with a constant behind a tensor, in front of all that reads it."""
+        producer = out.producer()
+        assert producer is not None
+        users = list(out.uses())
+        added = ir.node(operator, [out, operand])
+        fresh = added.outputs[0]
+        fresh.type, fresh.shape = out.type, out.shape
+        places = [place for place, value in enumerate(self.graph.outputs) if value is out]
+        if places:
+            fresh.name, out.name = out.name, f"{out.name}_without_{what}"
         else:
-            add.outputs[0].name = f"{out.name}_with_constant"
+            fresh.name = f"{out.name}_with_{what}"
         for user, place in users:
-            user.replace_input_with(place, add.outputs[0])
-        for place in output_places:
-            self.graph.outputs[place] = add.outputs[0]
-        self.graph.insert_after(node, add)
+            user.replace_input_with(place, fresh)
+        for place in places:
+            self.graph.outputs[place] = fresh
+        self.graph.insert_after(producer, added)
 
 
 def _new_literal(literal: np.ndarray, sizes: tuple[tuple[Size, bool], ...], node: ir.Node) -> np.ndarray:

@@ -1,6 +1,14 @@
 """One rule an operator; one file a family. Importing this package registers all of them."""
 
-from etp_deploy.surgery.rules import convolution, elementwise, linear, movement, normalization, reduction
+from etp_deploy.surgery.rules import (
+    convolution,
+    elementwise,
+    linear,
+    movement,
+    normalization,
+    recurrent,
+    reduction,
+)
 from etp_deploy.surgery.rules.registry import RefusedError, covered, rule, statement
 
 __all__ = [
@@ -11,6 +19,7 @@ __all__ = [
     "linear",
     "movement",
     "normalization",
+    "recurrent",
     "reduction",
     "rule",
     "statement",

@@ -18,6 +18,7 @@ from etp_deploy.surgery.rules.common import (
 )
 from etp_deploy.surgery.rules.registry import RefusedError, rule
 from etp_deploy.surgery.statements.base import array_of
+from etp_deploy.surgery.statements.fill import Fill
 from etp_deploy.surgery.statements.moves import Expand, Permute, Reshape
 from etp_deploy.surgery.statements.opaque import Opaque
 from etp_deploy.surgery.statements.pointwise import Pointwise
@@ -51,7 +52,40 @@ def transpose(node: ir.Node) -> Statement:
 @rule("Expand")
 def expand(node: ir.Node) -> Statement:
     """y[...] = x[...], repeated along axes of size 1"""
+    single = array_of(node.inputs[0])
+    if single is not None and single.size == 1:
+        return Fill(node, 1, single)
     return Expand(node)
+
+
+@rule("ConstantOfShape")
+def constant_of_shape(node: ir.Node) -> Statement:
+    """y[...] = value"""
+    given = node.attributes.get("value")
+    return Fill(node, 0, np.zeros((), np.float32) if given is None else given.as_tensor().numpy())
+
+
+@rule("GatherND")
+def gather_nd(node: ir.Node) -> Statement:
+    """y[..., rest] = x[indices[...], rest]"""
+    data, indices = rank(node.inputs[0]), rank(node.inputs[1])
+    if attribute(node, "batch_dims", 0):
+        raise RefusedError("GatherND with batch dimensions")
+    depth = static(node.inputs[1], indices - 1)
+    axes = tuple(None if own < depth else own - depth + indices - 1 for own in range(data))
+    return Pointwise(node, {0: axes}, constants="pass", whole="indexed along")
+
+
+@rule("ScatterND")
+def scatter_nd(node: ir.Node) -> Statement:
+    """y = x with y[indices[...], rest] = or += updates[..., rest]"""
+    data, indices = rank(node.inputs[0]), rank(node.inputs[1])
+    depth = static(node.inputs[1], indices - 1)
+    own = tuple(None if axis < depth else axis for axis in range(data))
+    updates = tuple(
+        None if axis < indices - 1 else axis - (indices - 1) + depth for axis in range(rank(node.inputs[2]))
+    )
+    return Pointwise(node, {0: own, 2: updates}, constants="zero", whole="indexed along")
 
 
 @rule("Concat")

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from etp_deploy.surgery.rules.common import attribute, constant_at, input_at, normal_axis, rank
 from etp_deploy.surgery.rules.registry import rule
-from etp_deploy.surgery.statements.pointwise import Constants, Pointwise
+from etp_deploy.surgery.statements.pointwise import AxisMap, Constants, Pointwise
+from etp_deploy.surgery.statements.reduction import Reduction
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -25,28 +26,43 @@ def _reduced(node: ir.Node) -> list[int]:
     return sorted(normal_axis(axis, axes) for axis in listed) or list(range(axes))
 
 
-def _reduction(node: ir.Node, constants: Constants) -> Statement:
+def _axis_map(node: ir.Node) -> AxisMap:
+    """Return the output axis of each input axis, None for those that are reduced."""
     reduced = _reduced(node)
     axes = rank(node.inputs[0])
-    keepdims = bool(attribute(node, "keepdims", 1))
     kept = [axis for axis in range(axes) if axis not in reduced]
+    keepdims = bool(attribute(node, "keepdims", 1))
     places = {axis: axis if keepdims else place for place, axis in enumerate(kept)}
-    axis_map = tuple(places.get(axis) for axis in range(axes))
-    return Pointwise(
-        node, {0: axis_map}, constants=constants, whole=f"{node.op_type} reads this axis as a whole"
-    )
+    return tuple(places.get(axis) for axis in range(axes))
 
 
-@rule("ReduceMean", "ReduceMax", "ReduceMin")
+def _reduction(node: ir.Node, constants: Constants) -> Statement:
+    whole = f"{node.op_type} reads this axis as a whole"
+    return Pointwise(node, {0: _axis_map(node)}, constants=constants, whole=whole)
+
+
+@rule("ReduceMax", "ReduceMin")
 def reduce_to_itself(node: ir.Node) -> Statement:
-    """y = mean, maximum or minimum of x over axes; a constant stays itself"""
+    """y = maximum or minimum of x over axes; a constant stays itself"""
     return _reduction(node, "pass")
 
 
-@rule("ReduceSum", "ReduceSumSquare", "ReduceL1", "ReduceL2")
+@rule("ReduceMean")
+def reduce_mean(node: ir.Node) -> Statement:
+    """y = sum of x over axes / number of entries"""
+    return Reduction(node, _axis_map(node), "mean")
+
+
+@rule("ReduceSum")
 def reduce_sum(node: ir.Node) -> Statement:
-    """y = sum or norm of x over axes; only zero stays itself"""
-    return _reduction(node, "zero")
+    """y = sum of x over axes"""
+    return Reduction(node, _axis_map(node), "sum")
+
+
+@rule("ReduceSumSquare", "ReduceL1", "ReduceL2")
+def reduce_norm(node: ir.Node) -> Statement:
+    """y = sum of squares, or norm, of x over axes; only zeros give nothing"""
+    return Reduction(node, _axis_map(node), "norm")
 
 
 @rule("ReduceProd", "ReduceLogSum", "ReduceLogSumExp")

@@ -77,7 +77,15 @@ class AddVector:
     vector: np.ndarray
 
 
-Edit = SetInput | SliceInput | GatherInput | SetAttribute | SetShape | SetSlice | AddVector
+@dataclass(frozen=True)
+class Affine:
+    """Multiply a node's output by a number and add an array (one entry for each kept channel)."""
+
+    scale: float
+    offset: np.ndarray | None
+
+
+Edit = SetInput | SliceInput | GatherInput | SetAttribute | SetShape | SetSlice | AddVector | Affine
 
 
 class Statement:

@@ -245,7 +245,8 @@ class Pointwise(Statement):
             return
         values = next(iter(parts.values()))[1]
         if self.passing == "zero":
-            known = known & (values == 0)
+            for _, held in parts.values():
+                known = known & (held == 0)
         state.set_constant(self.out, known, values)
 
     def _known(self, state: State, index: int, structure: Structure) -> tuple[np.ndarray, np.ndarray]:
