@@ -174,8 +174,11 @@ def test_nothing_dead_is_left_as_it_is(network, tmp_path):
     assert after <= before
 
 
-@pytest.mark.parametrize("zeros", ["weights", "all"])
-@pytest.mark.parametrize(("network", "key"), [(n, k) for n, e in ZOO.items() for k in e.wholes])
+WHOLES = [(n, key, "weights") for n, e in ZOO.items() for key in e.wholes]
+WHOLES += [(n, e.wholes[0], "all") for n, e in ZOO.items() if e.wholes and e.core]
+
+
+@pytest.mark.parametrize(("network", "key", "zeros"), WHOLES)
 def test_a_dead_layer_is_no_obstacle(network, key, zeros, native, tmp_path):
     """A layer that is dead as a whole leaves equal outputs, and at most one unit of it."""
     case = Case(network, ZOO[network].quickest, "static", Planting(zeros=zeros, whole=key))

@@ -151,10 +151,8 @@ ZOO: dict[str, Network] = {
     "mobilenetv3": Network(MobileNetV3, {"e0": 24, "s0": 8, "e1": 32, "s1": 8}, _image(16), ("s1",)),
     "conv1d": Network(Pitch, _CONVS, {"x": (("batch", 1, 64), 0)}, ("conv1",)),
     "conv3d": Network(Volume, _CONVS, {"x": (("batch", 1, 8, 8, 8), 0)}, ("conv1",)),
-    "gpt2": Network(
-        Gpt2, _VIT, {"ids": (("batch", "sequence"), 50)}, ("heads0", "mlp1"), "transformers", DYNAMO
-    ),
-    "llama": Network(Llama, _LLAMA, {"ids": (("batch", "sequence"), 50)}, ("mlp0",), "transformers", DYNAMO),
+    "gpt2": Network(Gpt2, _VIT, {"ids": (("batch", "sequence"), 50)}, ("heads0",), "transformers", DYNAMO),
+    "llama": Network(Llama, _LLAMA, {"ids": (("batch", "sequence"), 50)}, (), "transformers", DYNAMO),
     "t5": Network(T5, {"heads": 4, "mlp": 64}, _TEXT, (), "transformers"),
     "swin": Network(Swin, _SWIN, _image(32), ("heads1",), "transformers"),
     "lstm": Network(Recurrent, {"h0": 16, "h1": 12}, _SERIES, constants=False),
