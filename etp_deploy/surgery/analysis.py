@@ -75,7 +75,7 @@ def solve(analysis: Analysis, fill: Fill | None = None) -> None:
         PlanError: where channels that stay cannot be lined up; a defect of a rule.
     """
     state = analysis.state
-    state.touched.extend(state.keep)
+    state.touched.extend(reversed(state.keep))  # liveness runs backwards
     state.apply_pins()
     while True:
         settle(analysis)

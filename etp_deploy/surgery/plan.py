@@ -88,30 +88,31 @@ def plan(graph: ir.Graph, fill: Fill | None = None) -> tuple[RemovalPlan, Analys
 def layers(analysis: Analysis) -> list[Layer]:
     """Return a row for each contraction whose output channels could go."""
     rows = []
+    spare = np.array([cause.spare for cause in analysis.state.causes])
     for says in analysis.statements.values():
         if isinstance(says, Contraction) and says.active:
             structure = analysis.state.structure(says.out)
             if structure is not None and single_label(structure[says.out_axis]):
-                rows.append(
-                    _layer(analysis, says, frame_dims(structure, says.out_axis)[0], _kind(analysis, says))
-                )
+                dim = frame_dims(structure, says.out_axis)[0]
+                rows.append(_layer(analysis, says, dim, _kind(analysis, says), spare))
         elif isinstance(says, Pointwise) and says.node.op_type == "Softmax":
             heads = [dim for dim, extent in enumerate(analysis.state.mask(says.out).shape) if extent > 1]
             if len(heads) == 1:
-                rows.append(_layer(analysis, says, heads[0], "heads"))
+                rows.append(_layer(analysis, says, heads[0], "heads", spare))
     return rows
 
 
-def _layer(analysis: Analysis, says: Contraction | Pointwise, dim: int, kind: str) -> Layer:
+def _layer(
+    analysis: Analysis, says: Contraction | Pointwise, dim: int, kind: str, spare: np.ndarray
+) -> Layer:
     state = analysis.state
     mask = state.mask(says.out)
     others = tuple(other for other in range(mask.ndim) if other != dim)
     kept = mask.any(axis=others)
     constant = final_constant(analysis, says.out, dim)
     # what was kept first for a reason other than liveness is dead although it stays
-    spare = {index for index, cause in enumerate(state.causes) if cause.spare}
     why = state.why[says.out].max(axis=others)
-    refilled = kept & np.isin(why, list(spare)) & ~constant
+    refilled = kept & spare[why] & ~constant
     dead_kept = kept & (constant | refilled)
     reasons: dict[str, int] = {}
     for index in why[dead_kept]:

@@ -162,7 +162,7 @@ class Recurrent(Statement):
         if constant is None or self._data_dim is None:
             return np.zeros(size, bool), np.zeros(size)
         others = tuple(dim for dim in range(constant.known.ndim) if dim != self._data_dim)
-        known = constant.known.all(axis=others)
+        known = np.asarray(constant.known.all(axis=others))
         return known, np.where(known, constant.value.max(axis=others).astype(np.float64), 0.0)
 
     # layout

@@ -9,7 +9,7 @@ import numpy as np
 from etp_deploy.surgery.shapes import axis_size, frame, frame_dims, has_labels, single_label
 from etp_deploy.surgery.state import Cause
 from etp_deploy.surgery.statements.base import Affine, Edit
-from etp_deploy.surgery.statements.pointwise import AxisMap, Pointwise, missing_rows
+from etp_deploy.surgery.statements.pointwise import AxisMap, Constants, Pointwise, missing_rows
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -33,7 +33,7 @@ class Reduction(Pointwise):
     """
 
     def __init__(self, node: ir.Node, axis_map: AxisMap, kind: Kind) -> None:
-        constants = "pass" if kind == "mean" else "zero"
+        constants: Constants = "pass" if kind == "mean" else "zero"
         whole = f"{node.op_type} reads this axis as a whole"
         super().__init__(node, {0: axis_map}, constants=constants, whole=whole)
         self.kind = kind
