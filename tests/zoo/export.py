@@ -68,12 +68,16 @@ def export(net, network, path, exporter="dynamo", dynamic="static"):
 
 
 def weight_elements(path: Path) -> int:
-    """Elements in all floating-point initializers and constants, single numbers aside.
+    """Elements in all floating-point initializers and constants, single numbers and fills aside.
 
-    Single numbers (an epsilon, an attention's scale) are one exporter's initializers, another's constants.
+    Single numbers (an epsilon, an attention's scale) are one exporter's initializers, another's constants. A
+    constant node of one repeated number (the first state of a recurrence) is a fill, not a weight.
     """
     graph = onnx.load(path).graph
     tensors = list(graph.initializer)
-    tensors += [a.t for n in graph.node if n.op_type == "Constant" for a in n.attribute if a.name == "value"]
+    for node in graph.node:
+        if node.op_type == "Constant":
+            found = [a.t for a in node.attribute if a.name == "value" and a.t.data_type in FLOATS]
+            tensors += [t for t in found if len(np.unique(onnx.numpy_helper.to_array(t))) > 1]
     sizes = [int(np.prod(t.dims)) for t in tensors if t.data_type in FLOATS]
     return sum(size for size in sizes if size > 1)
