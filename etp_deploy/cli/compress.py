@@ -1,0 +1,71 @@
+"""`etp-deploy compress`: the main job."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from etp_deploy.cli.options import PATH, align, as_json, zero_below
+from etp_deploy.cli.terminal import check_model, emit, quiet_stdout, show, stages
+from etp_deploy.errors import UsageError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@click.command(short_help="Remove what is dead, verify, write.")
+@click.argument("source", type=PATH, metavar="IN.onnx")
+@click.option("-o", "--output", type=PATH, required=True, metavar="OUT.onnx", help="The file to write.")
+@align
+@zero_below
+@click.option("--no-verify", is_flag=True, help="Write the result without comparing it with the original.")
+@click.option("--no-simplify", is_flag=True, help="Leave onnxsim out.")
+@click.option("--report", type=PATH, metavar="FILE.html", help="Write a page that opens without a network.")
+@as_json
+def compress(
+    *,
+    source: Path,
+    output: Path,
+    align: str | int,
+    zero_below: float,
+    no_verify: bool,
+    no_simplify: bool,
+    report: Path | None,
+    as_json: bool,
+) -> None:
+    """Remove every dead channel, head and neuron exactly, verify, and write the result.
+
+    IN.onnx is never changed, and OUT.onnx appears only when both agree.
+    """
+    from etp_deploy.files import check_output, write_text  # noqa: PLC0415 - light, but not for --help
+
+    check_model(source)
+    check_output(output, inputs=(source,))
+    if report is not None:
+        if report.resolve() == output.resolve():
+            raise UsageError("the report is the output", where=str(report), hint="choose another name")
+        check_output(report, inputs=(source,))
+    with quiet_stdout(as_json), stages("compress") as tell:
+        tell("loading")
+        from etp_deploy.pipeline import compress as run  # noqa: PLC0415 - heavy
+
+        result = run(
+            source,
+            output,
+            align=align,
+            zero_below=zero_below,
+            verify=not no_verify,
+            simplify=not no_simplify,
+            progress=tell,
+        )
+    from etp_deploy.cli.tables import compression  # noqa: PLC0415 - loads rich
+    from etp_deploy.reports import compression_page  # noqa: PLC0415
+
+    document = result.to_json()
+    show(*compression(document), as_json=as_json)
+    if report is not None:
+        write_text(report, compression_page(document))
+        show(f"report: {report}", as_json=as_json)
+    if as_json:
+        emit(document)
