@@ -79,7 +79,7 @@ def _run(arguments: list[str]) -> int:
     something else here.
     """
     if not arguments:
-        click.echo(cli.get_help(click.Context(cli, info_name=NAME)), err=True)
+        click.echo(cli.get_help(click.Context(cli, info_name=NAME, **cli.context_settings)), err=True)
         return USAGE
     try:
         with cli.make_context(NAME, arguments) as context:

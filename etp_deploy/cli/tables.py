@@ -28,7 +28,8 @@ MOST_REASONS = 12
 
 def compression(document: Mapping[str, Any]) -> Iterator[RenderableType]:
     """Yield sizes before and after, what went, what stayed although dead, and the verification."""
-    sizes = _table(("", "before", "after", "smaller"), title=document["destination"])
+    yield Text(f"{document['source']} -> {document['destination']}")
+    sizes = _table(("", "before", "after", "smaller"))
     for name, before, after, ratio in size_rows(document):
         sizes.add_row(name, before, after, Text(ratio, style="bold"))
     yield sizes
@@ -65,7 +66,7 @@ def inspection(document: Mapping[str, Any], *, everything: bool) -> Iterator[Ren
         "kept dead",
         "why kept",
     )
-    found = _table(columns, text=(0, 1, 2, 8), title=document["source"])
+    found = _table(columns, text=(0, 1, 2, 8))
     for row in shown:
         counts = (row[key] for key in ("total", "constant", "unread", "removable", "kept_dead"))
         reasons = "; ".join(f"{count} {text}" for text, count in row["reasons"])
@@ -106,12 +107,9 @@ def _table(
     columns: Sequence[str],
     *,
     text: Sequence[int] = (0,),
-    title: str | None = None,
     caption: str | None = None,
 ) -> Table:
     found = Table(
-        title=None if title is None else Text(title),
-        title_justify="left",
         caption=None if caption is None else Text(caption),
         caption_justify="left",
         box=box.SIMPLE_HEAD,
