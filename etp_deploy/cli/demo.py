@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -10,6 +11,9 @@ import click
 from etp_deploy.cli.options import PATH, as_json
 from etp_deploy.cli.terminal import emit, quiet_stdout, shares, show
 from etp_deploy.errors import ExportError
+
+# of the extra `train`, and not checked by importing: that takes seconds
+NEEDED = ("torch", "onnxscript", "sklearn")
 
 
 @click.command(short_help="Do the whole job on handwritten digits.")
@@ -32,13 +36,14 @@ def demo(*, output: Path, seed: int, as_json: bool) -> int:
     from etp_deploy.demo.folder import check_folder  # noqa: PLC0415 - light, but not for --help
 
     check_folder(output)
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        what = f"not installed: {', '.join(missing)}"
+        raise ExportError(what, where="demo", hint="pip install 'etp-deploy[train]'")
     with quiet_stdout(as_json), shares() as tell:
         tell("loading PyTorch", 0.0)
-        try:
-            from etp_deploy.demo.run import run_demo  # noqa: PLC0415 - heavy
-        except ModuleNotFoundError as error:
-            hint = "pip install 'etp-deploy[train]'"
-            raise ExportError(f"{error.name} is not installed", where="demo", hint=hint) from error
+        from etp_deploy.demo.run import run_demo  # noqa: PLC0415 - heavy
+
         result = run_demo(output, seed=seed, progress=tell)
     from etp_deploy.cli.tables import demonstration  # noqa: PLC0415 - loads rich
 

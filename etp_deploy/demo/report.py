@@ -68,8 +68,8 @@ def demo_page(document: Mapping[str, Any], raw: Mapping[str, Mapping[str, Any]])
         cells += [("\u2003" + name, *rest) for name, *rest in demo_rows(network)]
     total = html.section(
         "Result",
-        html.cards(_cards(document)),
         html.notices([*missed, *notes]),
+        *(part for network in document["networks"] for part in _cards(network)),
         html.table(("", *COLUMNS), cells, caption=document["caption"]),
     )
     parts = [total]
@@ -80,16 +80,18 @@ def demo_page(document: Mapping[str, Any], raw: Mapping[str, Mapping[str, Any]])
     return html.page("Pruned with ETP, compressed, verified", parts, subtitle=where, data=document)
 
 
-def _cards(document: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
-    for network in document["networks"]:
-        sizes, accuracy = network["parameters"], network["accuracy"]
-        lost = (accuracy["compressed_onnx"] - accuracy["dense"]) * 100
-        note = f"parameters, {count_text(sizes['etp'])} to {count_text(sizes['compressed'])}"
-        yield network["title"], f"{ratio_text(sizes['etp'], sizes['compressed'])} fewer", note
-        yield "accuracy", f"{accuracy['compressed_onnx']:.2%}", f"{lost:+.2f} points against dense"
-        for provider, found in network["benchmarks"].items():
-            value, _, interval = speedup(found["comparisons"][0]).partition(" ")
-            yield f"speed-up, {provider}", value.rstrip(","), interval or found["comparisons"][0]["verdict"]
+def _cards(network: Mapping[str, Any]) -> tuple[Html, Html]:
+    sizes, accuracy = network["parameters"], network["accuracy"]
+    lost = (accuracy["compressed_onnx"] - accuracy["dense"]) * 100
+    fewer = f"{ratio_text(sizes['etp'], sizes['compressed'])} fewer"
+    entries = [
+        ("parameters", fewer, f"{count_text(sizes['etp'])} to {count_text(sizes['compressed'])}"),
+        ("accuracy", f"{accuracy['compressed_onnx']:.2%}", f"{lost:+.2f} points against dense"),
+    ]
+    for provider, found in network["benchmarks"].items():
+        value, _, rest = speedup(found["comparisons"][0]).partition(" ")
+        entries.append((f"speed-up, {provider}", value.rstrip(","), rest))
+    return html.heading(network["title"]), html.cards(entries)
 
 
 def _sections(network: Mapping[str, Any], raw: Mapping[str, Mapping[str, Any]]) -> Iterator[Html]:

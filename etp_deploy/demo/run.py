@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from etp_deploy.demo.data import Digits
-    from etp_deploy.demo.train import Epoch, Recipe, TrainedNetwork
+    from etp_deploy.demo.train import Epoch, TrainedNetwork
 
     Tell = Callable[[str, float], None]
 
@@ -39,7 +39,8 @@ MOST_LOST = 0.015
 #: Raw brightness of the digits runs from 0 to 16; pictures have 0 to 255.
 PREPROCESSING = {"mode": "L", "layout": "NCHW", "scale": 1 / 255, "mean": 0.5, "std": 0.5}
 _PICTURES = 50
-_BENCH_SECONDS = 10.0
+#: Most time of timing for each network and provider.
+BENCH_SECONDS = 10.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,8 +83,6 @@ def run_demo(
     *,
     seed: int = 0,
     progress: Tell | None = None,
-    recipes: Mapping[str, Recipe] | None = None,
-    bench_seconds: float = _BENCH_SECONDS,
 ) -> DemoResult:
     """Do the whole job for each network and leave a folder with models, JSON, page, pictures and a bundle.
 
@@ -91,8 +90,6 @@ def run_demo(
         output: the folder, which appears whole; one of a demo before is replaced.
         seed: of the training.
         progress: called with what is being done and the share of all work that is done.
-        recipes: of training, by network, in place of the demo's own.
-        bench_seconds: most time of timing for each network and provider.
 
     Raises:
         OutputError: when the folder cannot be written.
@@ -101,12 +98,12 @@ def run_demo(
     tell = progress or (lambda _step, _share: None)
     digits = load_digits()
     with demo_folder(output) as folder:
-        job = _Job(folder, digits, seed, bench_seconds, tell)
+        job = _Job(folder, digits, seed, tell)
         start = 0.0
         networks = []
         for subject in SUBJECTS:
             job.begin(subject, start)
-            networks.append(_network(job, subject, (recipes or {}).get(subject.name)))
+            networks.append(_network(job, subject))
             start += subject.share
         tell("bundle", 0.99)
         _bundle(folder, digits, networks[0])
@@ -129,8 +126,8 @@ def run_demo(
 class _Job:
     """Where results go, how long each stage took, and what is told."""
 
-    def __init__(self, folder: Path, digits: Digits, seed: int, bench_seconds: float, tell: Tell) -> None:
-        self.folder, self.digits, self.seed, self.bench_seconds = folder, digits, seed, bench_seconds
+    def __init__(self, folder: Path, digits: Digits, seed: int, tell: Tell) -> None:
+        self.folder, self.digits, self.seed = folder, digits, seed
         self.tell = tell
         self.seconds: dict[str, float] = {}
         self.notes: list[str] = []
@@ -159,15 +156,13 @@ class _Job:
             self.seconds[f"{self.subject.name} {name}"] = round(took, 2)
 
 
-def _network(job: _Job, subject: Subject, recipe: Recipe | None) -> dict[str, Any]:
+def _network(job: _Job, subject: Subject) -> dict[str, Any]:
     """Do everything for one network."""
     name, folder = subject.name, job.folder
     trained: dict[str, TrainedNetwork] = {}
     for kind, low, high in (("dense", 0.0, 0.33), ("etp", 0.35, 0.70)):
         with job.stage(f"training {kind}", low, high) as step:
-            trained[kind] = train(
-                name, etp=kind == "etp", seed=job.seed, recipe=recipe, progress=_epochs(step)
-            )
+            trained[kind] = train(name, etp=kind == "etp", seed=job.seed, progress=_epochs(step))
         with job.stage(f"export {kind}", high, high + 0.02):
             example = torch.from_numpy(job.digits.test_images[:2])
             path = folder / f"{name}-{kind}.onnx"
@@ -235,7 +230,7 @@ def _benchmarks(job: _Job, original: Path, compressed: Path) -> dict[str, Any]:
         with job.stage(f"benchmark {provider}", low, low + width) as step:
             try:
                 result = benchmark(
-                    [original, compressed], providers=[provider], max_seconds=job.bench_seconds, progress=step
+                    [original, compressed], providers=[provider], max_seconds=BENCH_SECONDS, progress=step
                 )
             except ProviderError as error:
                 job.notes.append(str(error))
