@@ -23,11 +23,11 @@ class ModelSizes:
     """Sizes of a model.
 
     Attributes:
-        parameters: elements of all floating-point initializers, in all graphs.
+        parameters: elements of all floating-point constants (initializers and Constant nodes), in all graphs.
         bytes: of the file, with its external data.
         macs: multiply-accumulates of convolutions and matrix products for one sample, dynamic sizes at 16;
             None where a shape is not known.
-        nodes: in all graphs.
+        nodes: in all graphs, Constant nodes left out.
     """
 
     parameters: int
@@ -39,10 +39,10 @@ class ModelSizes:
 def model_sizes(model: ir.Model, path: Path) -> ModelSizes:
     """Count a model's sizes; `path` is where it lies."""
     return ModelSizes(
-        parameters=sum(elements(value) for value in _weights(model)),
+        parameters=sum(int(tensor.size) for tensor in _weights(model)),
         bytes=file_bytes(model, path),
         macs=count_macs(model),
-        nodes=sum(1 for _ in model.graph.all_nodes()),
+        nodes=sum(1 for node in model.graph.all_nodes() if node.op_type != "Constant"),
     )
 
 
@@ -51,13 +51,15 @@ def elements(value: ir.Value) -> int:
     return 0 if value.const_value is None else int(value.const_value.size)
 
 
-def _weights(model: ir.Model) -> Iterable[ir.Value]:
+def _weights(model: ir.Model) -> Iterable[ir.TensorProtocol]:
     for graph in model.graphs():
-        yield from (value for value in graph.initializers.values() if _floating(value))
-
-
-def _floating(value: ir.Value) -> bool:
-    return value.dtype is not None and value.dtype.is_floating_point()
+        constants = [value.const_value for value in graph.initializers.values()]
+        constants += [
+            node.attributes["value"].as_tensor()
+            for node in graph
+            if node.op_type == "Constant" and "value" in node.attributes
+        ]
+        yield from (tensor for tensor in constants if tensor is not None and tensor.dtype.is_floating_point())
 
 
 def file_bytes(model: ir.Model, path: Path) -> int:
@@ -108,9 +110,7 @@ def node_macs(node: ir.Node, bindings: Mapping[str, int]) -> int | None:
     if node.op_type == "ConvTranspose":
         return math.prod(first) * math.prod(second[1:])
     inner = (
-        second[1]
-        if node.op_type == "Gemm" and node.attributes.get_int("transB", 0) != 0
-        else second[-2:][0]
+        second[1] if node.op_type == "Gemm" and node.attributes.get_int("transB", 0) != 0 else second[-2:][0]
     )
     return math.prod(out) * inner
 

@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from etp_deploy.inputs import InputSpec
 
 _Outputs = dict[str, Any]
+# a model that differs from itself by more than this share of an output's scale is not believed
+LARGEST_NOISE = 1e-2
+# another order of summation may round this many times worse than the two that were compared
+NOISE_MARGIN = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,11 +266,16 @@ def _verify(original: str, result: str, trials: Sequence[Trial], settings: dict[
     again = _outputs(_run_all(original, specs, [trials[0], trials[0]], False, provider)[1])
     others = {level: _run_all(result, specs, trials, level, provider) for level in (False, True)}
     noise = _compare_all(references[False], references[True], settings)
+    if noise.reason and noise.max_rel <= LARGEST_NOISE:
+        # The original computes no more exactly than this: optimised and not, it differs from itself.
+        settings = {**settings, "rtol": max(settings["rtol"], NOISE_MARGIN * noise.max_rel)}
+        notes = (
+            *notes,
+            f"rtol raised to {NOISE_MARGIN} times the original's own rounding, {noise.max_rel:.3g}",
+        )
     reason = _doubt(references[False], again, settings)
     errors = [_compare_all(references[level], others[level], settings) for level in (False, True)]
     reason = reason or next((error.reason for error in errors if error.reason), "")
-    if reason and not any(math.isinf(e.max_rel) for e in errors) and noise.reason:
-        reason += f"; the original's own rounding is {noise.max_rel:.3g}, consider a larger rtol"
     return Verification(
         passed=not reason,
         reason=reason,

@@ -82,9 +82,8 @@ def solve(analysis: Analysis, fill: Fill | None = None) -> None:
         repaired = [says.repair(state) for says in analysis.statements.values()]
         if any(repaired):
             continue
-        if _keep_one(analysis) or (fill is not None and fill(analysis)):
-            continue
-        if keep_carriers(analysis):
+        # a carrier is a channel too: only what has none then is given one back
+        if keep_carriers(analysis) or _keep_one(analysis) or (fill is not None and fill(analysis)):
             continue
         if _lay_out(analysis):
             return

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from etp_deploy.surgery.shapes import is_parameter
 from etp_deploy.surgery.statements.contraction import Contraction
 from etp_deploy.surgery.statements.pointwise import Pointwise
 
@@ -78,7 +79,7 @@ def _whole_operands(analysis: Analysis, says: Pointwise) -> Iterable[ir.Value]:
     out = analysis.state.mask(says.out)
     for index, links in says.links.items():
         value = says.node.inputs[index]
-        if value is None or value.is_initializer():
+        if value is None or is_parameter(value):
             continue
         own = analysis.state.mask(value)
         if links and own.size == out.size and len(links) == sum(extent > 1 for extent in out.shape):

@@ -19,15 +19,17 @@ import onnx_ir.passes.common as passes
 from onnx_shape_inference import SYM_DATA_KEY, infer_symbolic_shapes
 
 from etp_deploy.surgery.evaluate import evaluate
-from etp_deploy.surgery.shapes import Size
+from etp_deploy.surgery.shapes import Size, is_parameter
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 # entries that a shape-computing value may have and still be replaced by a constant
 _LARGEST_SHAPE = 64
-_SHAPE_INPUT = {"Reshape": 1, "Expand": 1, "ConstantOfShape": 0}
+_SHAPE_INPUT = {"Reshape": 1, "Expand": 1, "ConstantOfShape": 0, "Resize": 3}
 _ALLOWZERO_OPSET = 14
+# from here on an initializer among the inputs is a default that a caller may override
+OVERRIDABLE_IR_VERSION = 4
 _RESOLVED = "etp_deploy.resolved"
 
 
@@ -38,11 +40,14 @@ def prepare(model: ir.Model) -> ir.Model:
     """
     model = model.clone()
     _drop_annotations(model)
+    _drop_initializer_inputs(model)
+    # the pass cannot handle an Identity that ends a body
+    bodies = any(True for _ in model.graph.subgraphs())
     for simplify in (
         passes.InlinePass(),
         passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         passes.LiftSubgraphInitializersToMainGraphPass(),
-        passes.IdentityEliminationPass(),
+        *(() if bodies else (passes.IdentityEliminationPass(),)),
         passes.RemoveUnusedNodesPass(),
     ):
         simplify(model)
@@ -65,6 +70,15 @@ def infer_shapes(model: ir.Model) -> None:
         infer_symbolic_shapes(model, warn_on_missing=False)
     finally:
         logger.setLevel(level)
+
+
+def _drop_initializer_inputs(model: ir.Model) -> None:
+    """Take initializers off the inputs where the format demanded them there (IR version 3 and before)."""
+    if model.ir_version >= OVERRIDABLE_IR_VERSION:
+        return
+    for value in [value for value in model.graph.inputs if value.name in model.graph.initializers]:
+        model.graph.inputs.remove(value)
+    model.ir_version = OVERRIDABLE_IR_VERSION
 
 
 def _drop_annotations(model: ir.Model) -> None:
@@ -92,7 +106,7 @@ def shape_data(value: ir.Value | None) -> list[Size] | None:
     """Return what an integer tensor of sizes holds, entry by entry, where inference knows it."""
     if value is None:
         return None
-    if value.is_initializer():
+    if is_parameter(value):
         return _literal(value)
     raw = value.metadata_props.get(SYM_DATA_KEY)
     if raw is None or value.shape is None or len(value.shape) > 1:
@@ -160,7 +174,7 @@ def _fold_integers(graph: ir.Graph) -> bool:
 
 
 def _small_constant(value: ir.Value | None) -> np.ndarray | None:
-    if value is None or not value.is_initializer() or value.const_value is None:
+    if value is None or not is_parameter(value) or value.const_value is None:
         return None
     return value.const_value.numpy() if value.const_value.size <= _LARGEST_SHAPE else None
 
@@ -176,7 +190,7 @@ def _resolve_shapes(graph: ir.Graph) -> bool:
         if index is None or node.domain != "" or len(node.inputs) <= index:
             continue
         target = node.inputs[index]
-        if target is None or target.is_initializer():
+        if target is None or is_parameter(target):
             continue
         entries = shape_data(target)
         if entries is not None:
@@ -237,7 +251,7 @@ def _omit_zero_states(graph: ir.Graph) -> bool:
     for node in graph:
         for index in _STATES.get(node.op_type, ()):
             value = node.inputs[index] if index < len(node.inputs) else None
-            if value is not None and not value.is_initializer() and _is_zero(value):
+            if value is not None and not is_parameter(value) and _is_zero(value):
                 node.replace_input_with(index, None)
                 omitted = True
     return omitted
@@ -247,7 +261,7 @@ def _is_zero(value: ir.Value | None) -> bool:
     """Return whether a tensor is zero throughout, however large."""
     if value is None:
         return False
-    if value.is_initializer():
+    if is_parameter(value):
         return value.const_value is not None and not value.const_value.numpy().any()
     node = value.producer()
     if node is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -82,7 +83,16 @@ class Rewriter:
         name = old.name if old is not None and old.name else f"{node.outputs[0].name}_{index}"
         if index >= len(node.inputs):
             node.resize_inputs(index + 1)
-        node.replace_input_with(index, constant(self.graph, array, name))
+        node.replace_input_with(index, self._shared(name, array))
+
+    def _shared(self, name: str, array: np.ndarray) -> ir.Value:
+        """Return an initializer with this name and content, one for all nodes whose cuts come out equal."""
+        digest = hashlib.sha256(
+            f"{array.dtype} {array.shape}".encode() + np.ascontiguousarray(array).data
+        ).digest()
+        if (name, digest) not in self._cut:
+            self._cut[name, digest] = constant(self.graph, array, name)
+        return self._cut[name, digest]
 
     def _slice_input(self, node: ir.Node, index: int, takes: tuple[tuple[int, np.ndarray], ...]) -> None:
         old = node.inputs[index]
@@ -221,10 +231,6 @@ def rewrite(model: ir.Model, edits: Sequence[tuple[ir.Node, tuple[Edit, ...]]]) 
 
 def restore_interface(model: ir.Model, original: ir.Model) -> None:
     """Give the inputs and outputs back the shapes that the original declares (their sizes never change)."""
-    for graph_values, originals in (
-        (model.graph.inputs, original.graph.inputs),
-        (model.graph.outputs, original.graph.outputs),
-    ):
-        for value, source in zip(graph_values, originals, strict=True):
-            value.shape = source.shape
-            value.type = source.type
+    declared = {value.name: value for value in (*original.graph.inputs, *original.graph.outputs)}
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        value.shape, value.type = declared[value.name].shape, declared[value.name].type

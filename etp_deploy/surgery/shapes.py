@@ -77,6 +77,11 @@ class Size:
 ONE = Size(1)
 
 
+def is_parameter(value: ir.Value) -> bool:
+    """Return whether a tensor is a constant of the model: an initializer that no caller can override."""
+    return value.is_initializer() and not value.is_graph_input()
+
+
 @dataclass(frozen=True)
 class Factor:
     """One factor of an axis."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from etp_deploy.surgery.shapes import Structure, frame, frame_dims, has_labels, plain
+from etp_deploy.surgery.shapes import Structure, frame, frame_dims, has_labels, is_parameter, plain
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -113,7 +113,7 @@ class State:
 
     def pin(self, value: ir.Value | None, axis: int | None, text: str, node: ir.Node | None = None) -> None:
         """Keep an axis of a tensor (None: every axis) as it is, for a reason the user can read."""
-        if value is None or value.is_initializer():
+        if value is None or is_parameter(value):
             return
         structure = self.structure(value)
         if structure is None:
@@ -158,12 +158,13 @@ class State:
 
     def tighten(self, values: Iterable[ir.Value], node: ir.Node) -> None:
         """React to a conflict: kept positions become products of kept indices; if they are, all stay."""
-        loose = [value for value in values if value in self.keep and value not in self.product]
-        if loose:
-            for value in loose:
+        cause = Cause("heads or groups must keep the same positions here", node, spare=True)
+        grown = False
+        for value in values:
+            if value in self.keep and value not in self.product:
                 self.product.add(value)
-                cause = Cause("heads or groups must keep the same positions here", node, spare=True)
-                self.grow(value, closure(self.keep[value]), cause)
+                grown |= self.grow(value, closure(self.keep[value]), cause)
+        if grown:
             return
         for value in values:
             if value in self.keep:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 
+from etp_deploy.surgery.shapes import is_parameter
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -22,7 +24,7 @@ def _weights(graph: ir.Graph) -> Iterator[tuple[ir.Value, int]]:
         if index is None or node.domain != "":
             continue
         value = node.inputs[index]
-        if value is None or not value.is_initializer() or value.const_value is None or value in seen:
+        if value is None or not is_parameter(value) or value.const_value is None or value in seen:
             continue
         seen.add(value)
         if node.op_type == "Gemm" and node.attributes.get_int("transB", 0) != 0:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from etp_deploy.surgery.rules.common import attribute, constant_at, input_at, rank
+from etp_deploy.surgery.rules.common import attribute, constant_at, input_at, rank, static
 from etp_deploy.surgery.rules.registry import RefusedError, rule
+from etp_deploy.surgery.statements.base import array_of
 from etp_deploy.surgery.statements.contraction import Contraction, Weight
 from etp_deploy.surgery.statements.pointwise import Pointwise
 
@@ -73,7 +74,37 @@ def norm_pool(node: ir.Node) -> Statement:
 @rule("Resize", "Upsample")
 def resize(node: ir.Node) -> Statement:
     """y[n, c, ...] = x[n, c, ...] at another resolution; a constant stays itself"""
+    axes = rank(node.inputs[0])
+    resized = [int(axis) % axes for axis in attribute(node, "axes", range(axes))]
+    sizes, scales = _resize_inputs(node)
+    if scales is not None:
+        spatial = constant_at(node, scales, "its scales are")
+        if any(float(scale) != 1.0 for axis, scale in zip(resized, spatial, strict=False) if axis < 2):
+            raise RefusedError("it resizes channels")
+    elif sizes is None:
+        raise RefusedError("its scales are attributes of an old opset")
+    elif resized != list(range(axes)) and min(resized) < 2:
+        raise RefusedError("it resizes channels by size")
+    elif static(node.outputs[0], 1) != static(node.inputs[0], 1):
+        raise RefusedError("it resizes channels")
     extrapolates = attribute(node, "coordinate_transformation_mode", "half_pixel") == "tf_crop_and_resize"
     return Pointwise(
-        node, _channelwise(node), constants="none" if extrapolates else "pass", whole="resized along"
+        node,
+        _channelwise(node),
+        constants="none" if extrapolates else "pass",
+        whole="resized along",
+        shape_input=sizes if resized == list(range(axes)) else None,
     )
+
+
+def _resize_inputs(node: ir.Node) -> tuple[int | None, int | None]:
+    """Return which input holds the target sizes and which the scales, None where it is absent or empty."""
+    if node.op_type == "Upsample" or len(node.inputs) == 2:
+        return None, 1 if len(node.inputs) > 1 else None
+    given = [index for index in (2, 3) if not _absent(input_at(node, index))]
+    return (3 if 3 in given else None), (2 if given == [2] else None)
+
+
+def _absent(value: ir.Value | None) -> bool:
+    array = array_of(value)
+    return value is None or (array is not None and array.size == 0)

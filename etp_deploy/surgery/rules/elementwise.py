@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from etp_deploy.surgery.rules.common import broadcast_maps, rank, same_axes
-from etp_deploy.surgery.rules.registry import rule
+from etp_deploy.surgery.rules.common import broadcast_maps, constant_at, input_at, rank, same_axes
+from etp_deploy.surgery.rules.registry import RefusedError, rule
 from etp_deploy.surgery.statements.base import array_of
 from etp_deploy.surgery.statements.pointwise import Pointwise
 
@@ -78,7 +78,10 @@ def unary(node: ir.Node) -> Statement:
 @rule("Identity", "Dropout")
 def identity(node: ir.Node) -> Statement:
     """y[...] = x[...]"""
-    return Pointwise(node, {0: same_axes(rank(node.inputs[0]))}, constants="pass")
+    training = input_at(node, 2)
+    if node.op_type == "Dropout" and training is not None and constant_at(node, 2, "training mode is").any():
+        raise RefusedError("Dropout in training mode is random")
+    return Pointwise(node, {0: same_axes(rank(node.inputs[0]))}, constants="pass", same_entries=True)
 
 
 @rule("Clip")

@@ -53,4 +53,5 @@ def gemm(node: ir.Node) -> Statement:
         weight=weight,
         bias=2,
         bias_scale=float(attribute(node, "alpha", 1.0)) / beta,
+        out_scale=beta,
     )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from etp_deploy.surgery.shapes import Size, frame, plain
+from etp_deploy.surgery.shapes import ONE, Size, Structure, axis_size, frame, frame_dims, is_parameter, plain
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -142,6 +142,11 @@ def default_layout(state: State, value: ir.Value) -> None:
     state.layouts[value] = np.arange(int(np.prod(shape, dtype=np.int64))).reshape(shape)
 
 
+def opset_of(node: ir.Node) -> int:
+    """Return the version of the default operator set that a node is read under."""
+    return 1 if node.graph is None else int(node.graph.opset_imports.get("", 1))
+
+
 def set_plain(state: State, value: ir.Value) -> None:
     """Give an output the structure in which nothing can be removed."""
     state.set_structure(value, None if value.shape is None else plain(value.shape))
@@ -149,6 +154,17 @@ def set_plain(state: State, value: ir.Value) -> None:
 
 def array_of(value: ir.Value | None) -> np.ndarray | None:
     """Return an initializer's array (memory-mapped where it is external), or None for any other tensor."""
-    if value is None or not value.is_initializer() or value.const_value is None:
+    if value is None or not is_parameter(value) or value.const_value is None:
         return None
     return value.const_value.numpy()
+
+
+def new_sizes(structure: Structure, reduced: tuple[int, ...]) -> tuple[tuple[Size, bool], ...]:
+    """Return each axis's size after the removal, and whether it changed."""
+    sizes = []
+    for axis, factors in enumerate(structure):
+        size = ONE
+        for factor, dim in zip(factors, frame_dims(structure, axis), strict=True):
+            size = size * (Size(reduced[dim]) if factor.labelled else factor.size)
+        sizes.append((size, size != axis_size(factors)))
+    return tuple(sizes)

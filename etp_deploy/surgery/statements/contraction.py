@@ -72,6 +72,7 @@ class Contraction(Statement):
         bias: the input number of the bias, whose last axis is the output channel; None if the operator has none.
         bordered: why a constant channel does not give a constant output (zero padding); empty if it does.
         bias_scale: what a sum over channels is multiplied by before it may be added to the bias (Gemm).
+        out_scale: what their sum is multiplied by (Gemm).
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class Contraction(Statement):
         bias: int | None,
         bordered: bool = False,
         bias_scale: float = 1.0,
+        out_scale: float = 1.0,
     ) -> None:
         super().__init__(node)
         value = node.inputs[data]
@@ -97,6 +99,7 @@ class Contraction(Statement):
         self.bias = bias
         self.bordered = bordered
         self.bias_scale = bias_scale
+        self.out_scale = out_scale
         self.active = False
         self._seen: np.ndarray | None = None
         self._constants: tuple[np.ndarray, np.ndarray] | None = None
@@ -277,6 +280,7 @@ class Contraction(Statement):
             rows = bias.reshape(-1, bias.shape[-1] if bias.ndim else 1)
             ok = ok & np.broadcast_to((rows == rows[:1]).all(axis=0), ok.shape)
             result = result + rows[0].astype(np.float64)
+        result = result * self.out_scale
         shape = [1] * len(self._out_frame)
         shape[self._out_dim] = -1
         dtype = self._array().dtype
@@ -403,9 +407,9 @@ class Contraction(Statement):
         The result is True for each channel of a group, as (group, input of the group), that the group could keep
         as its carrier, and all False where nothing is needed.
         """
-        known, value = self._held(state)
         if not (self.active and self.bordered and self._data_dims):
-            return np.zeros_like(known)
+            return np.zeros((1, 1), bool)
+        known, value = self._held(state)
         usable = known & (value != 0)
         read = (self.nonzero & self._kept_outputs(state)[:, :, None]).any(axis=1)
         kept = self.kept_inputs(state)

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from etp_deploy.surgery.shapes import labelled, plain
-from etp_deploy.surgery.statements.base import Edit, SetShape, Statement, array_of, set_plain
-from etp_deploy.surgery.statements.moves import new_sizes
+from etp_deploy.surgery.statements.base import Edit, SetShape, Statement, array_of, new_sizes, set_plain
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -11,7 +11,6 @@ from etp_deploy.surgery.shapes import (
     Axis,
     Factor,
     Size,
-    Structure,
     axis_size,
     frame,
     frame_dims,
@@ -26,6 +25,7 @@ from etp_deploy.surgery.statements.base import (
     SetShape,
     Statement,
     default_layout,
+    new_sizes,
     set_plain,
 )
 
@@ -176,17 +176,6 @@ def _counts(mask: np.ndarray) -> tuple[int, ...]:
         rows = mask.reshape(-1, extent, rest)
         counts.append(int(rows.any(axis=2).sum(axis=1).max(initial=0)) if mask.size else 0)
     return tuple(counts)
-
-
-def new_sizes(structure: Structure, reduced: tuple[int, ...]) -> tuple[tuple[Size, bool], ...]:
-    """Return each axis's size after the removal, and whether it changed."""
-    sizes = []
-    for axis, factors in enumerate(structure):
-        size = ONE
-        for factor, dim in zip(factors, frame_dims(structure, axis), strict=True):
-            size = size * (Size(reduced[dim]) if factor.labelled else factor.size)
-        sizes.append((size, size != axis_size(factors)))
-    return tuple(sizes)
 
 
 class Permute(Move):

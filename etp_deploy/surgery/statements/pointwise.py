@@ -18,11 +18,20 @@ from etp_deploy.surgery.shapes import (
     frame,
     frame_dims,
     has_labels,
+    is_parameter,
     labelled,
     plain,
 )
 from etp_deploy.surgery.state import Cause, ConflictError, coordinates
-from etp_deploy.surgery.statements.base import Edit, Statement, array_of, default_layout, set_plain
+from etp_deploy.surgery.statements.base import (
+    Edit,
+    SetShape,
+    Statement,
+    array_of,
+    default_layout,
+    new_sizes,
+    set_plain,
+)
 from etp_deploy.surgery.statements.slicing import take_channels
 
 if TYPE_CHECKING:
@@ -47,6 +56,8 @@ class Pointwise(Statement):
         absorbing: inputs of which a zero makes the output what it is for a zero (Mul; BatchNormalization's scale).
         whole: why an axis that is not mapped must stay.
         stochastic: the output axis along which the entries sum to one (Softmax).
+        shape_input: the input that holds the output's sizes (Resize), to be rewritten with the channels.
+        same_entries: whether the output's entries are the input's (Identity), so that sums stay what they are.
         fresh: output axes whose indices are channels of a constant operand (the columns of an embedding table).
     """
 
@@ -60,6 +71,8 @@ class Pointwise(Statement):
         whole: str = "the operator reads this axis as a whole",
         stochastic: int | None = None,
         fresh: tuple[int, ...] = (),
+        shape_input: int | None = None,
+        same_entries: bool = False,
     ) -> None:
         super().__init__(node)
         self.out = node.outputs[0]
@@ -69,6 +82,8 @@ class Pointwise(Statement):
         self.whole = whole
         self.stochastic = stochastic
         self.fresh = fresh
+        self.shape_input = shape_input
+        self.same_entries = same_entries
         self.links: dict[int, list[tuple[int, int]]] = {}
 
     def _value(self, index: int) -> ir.Value:
@@ -77,7 +92,7 @@ class Pointwise(Statement):
         return value
 
     def _live(self) -> list[int]:
-        return [index for index in self.maps if not self._value(index).is_initializer()]
+        return [index for index in self.maps if not is_parameter(self._value(index))]
 
     # structure
 
@@ -204,7 +219,7 @@ class Pointwise(Statement):
         structure = state.structure(self.out)
         if structure is None or not self.links:
             return
-        if self.passing == "pass" and len(self.maps) == 1:
+        if self.same_entries:
             source = self._value(next(iter(self.maps)))
             if source in state.stochastic:
                 state.stochastic[self.out] = state.stochastic[source]
@@ -227,7 +242,7 @@ class Pointwise(Statement):
         """Where all other parameters are known; activations may be anything finite."""
         result = np.ones((), bool)
         for other, (known, _) in parts.items():
-            if other != index and self._value(other).is_initializer():
+            if other != index and is_parameter(self._value(other)):
                 result = result & known
         return result
 
@@ -254,7 +269,7 @@ class Pointwise(Statement):
         value = self._value(index)
         dims = len(frame(structure))
         unknown = (np.zeros((1,) * dims, bool), np.zeros((1,) * dims, _numpy_type(value)))
-        if value.is_initializer():
+        if is_parameter(value):
             array = array_of(value)
             return unknown if array is None else self._known_parameter(array, index, structure)
         constant = state.constant(value)
@@ -420,9 +435,11 @@ class Pointwise(Statement):
             return
         layout = state.layouts[self.out]
         coords = coordinates(layout, frame(structure))
+        if self.shape_input is not None and not state.mask(self.out).all():
+            yield SetShape(self.shape_input, new_sizes(structure, layout.shape))
         for index in self.maps:
             value = self._value(index)
-            if value.is_initializer() and self.links.get(index):
+            if is_parameter(value) and self.links.get(index):
                 own = self._parameter_structure(index, structure)
                 yield from take_channels(
                     index, own, {a: coords[b] for a, b in self.links[index]}, self.links[index]
@@ -437,7 +454,7 @@ class Pointwise(Statement):
         for index in self.maps:
             linked = [target for _, target in self.links.get(index, [])]
             others = tuple(dim for dim in range(len(coords)) if dim not in linked)
-            for target in linked if self._value(index).is_initializer() else []:
+            for target in linked if is_parameter(self._value(index)) else []:
                 if not np.array_equal(coords[target].min(axis=others), coords[target].max(axis=others)):
                     raise ConflictError([self.out])
 

@@ -17,6 +17,7 @@ from etp_deploy.surgery.shapes import (
     frame,
     frame_dims,
     has_labels,
+    is_parameter,
     plain,
     unlabelled,
 )
@@ -95,7 +96,7 @@ class Product(Statement):
                 own = role.index(axis)
                 if axis_size(structure[own]) != ONE:
                     found.append((value, own, structure[own]))
-        live = [item for item in found if not item[0].is_initializer()]
+        live = [item for item in found if not is_parameter(item[0])]
         labels = {factors for _, _, factors in live if has_labels(factors)}
         if not labels:
             return unlabelled(found[0][2]) if found else plain((1,))[0]
@@ -222,7 +223,7 @@ class Product(Statement):
     def _link(self, state: State, one: tuple[ir.Value, int], other: tuple[ir.Value, int]) -> None:
         """Keep the same indices along the axes that two tensors share, where a tensor has no others to choose."""
         for (source, a), (target, b) in ((one, other), (other, one)):
-            if target.is_initializer() or source.is_initializer():
+            if is_parameter(target) or is_parameter(source):
                 continue
             wanted, mask = self._shared(state, source, a, target, b)
             if all(m in {w, 1} for w, m in zip(wanted.shape, mask.shape, strict=True)):
@@ -249,7 +250,7 @@ class Product(Statement):
         tensors = ((self.operands[0], 0), (self.operands[1], 1), (self.out, 2))
         for source, a in tensors:
             for target, b in tensors:
-                if source is target or source.is_initializer() or target.is_initializer():
+                if source is target or is_parameter(source) or is_parameter(target):
                     continue
                 wanted, mask = self._shared(state, source, a, target, b)
                 missing = missing_rows(wanted, mask)
@@ -269,7 +270,7 @@ class Product(Statement):
             None if extent > 1 else np.zeros((1,) * len(full), int) for extent in full
         ]
         for which, value in enumerate(self.operands):
-            if value.is_initializer():
+            if is_parameter(value):
                 continue
             coords = coordinates(state.layouts[value], state.mask(value).shape)
             self._collect(value, which, coords, found)
@@ -332,7 +333,7 @@ class Product(Statement):
     def edits(self, state: State) -> Iterator[Edit]:
         """Cut a constant operand along the heads and the contracted axis."""
         for which, value in enumerate(self.operands):
-            if not self.active or not value.is_initializer():
+            if not self.active or not is_parameter(value):
                 continue
             other = 1 - which
             live = self.operands[other]

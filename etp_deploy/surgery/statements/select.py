@@ -15,6 +15,7 @@ from etp_deploy.surgery.shapes import (
     frame,
     frame_dims,
     has_labels,
+    is_parameter,
     labelled,
 )
 from etp_deploy.surgery.state import Cause, ConflictError, coordinates
@@ -27,6 +28,7 @@ from etp_deploy.surgery.statements.base import (
     Statement,
     array_of,
     default_layout,
+    opset_of,
     set_plain,
 )
 
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from etp_deploy.surgery.state import State
 
 
+SPLIT_INPUT_OPSET = 13
 Piece = tuple[int, np.ndarray, slice]
 """An input's number, its indices along the axis, and where they stand in the output."""
 
@@ -86,7 +89,7 @@ class Select(Statement):
         """Other axes must be the same everywhere; along the axis all is labelled, or nothing is."""
         inputs = self._inputs()
         structures = {index: state.structure(value) for index, value in inputs.items()}
-        live = {index: s for index, s in structures.items() if not inputs[index].is_initializer()}
+        live = {index: s for index, s in structures.items() if not is_parameter(inputs[index])}
         if any(s is None for s in structures.values()) or any(v.shape is None for v in self.node.outputs):
             self._give_up(state, "shapes are not known here")
             return
@@ -108,7 +111,7 @@ class Select(Statement):
             assert s is not None
             mine = list(axes)
             mine[self.axis] = s[self.axis]
-            if inputs[index].is_initializer() and self.along:
+            if is_parameter(inputs[index]) and self.along:
                 size = axis_size(s[self.axis]).static
                 mine[self.axis] = labelled(size) if size is not None else s[self.axis]
             self.own[index] = tuple(mine)
@@ -175,7 +178,7 @@ class Select(Statement):
 
     def _input_mask(self, state: State, index: int) -> np.ndarray:
         value = self._inputs()[index]
-        if value.is_initializer():
+        if is_parameter(value):
             return np.zeros(frame(self.own[index]), bool)
         return state.mask(value)
 
@@ -240,7 +243,7 @@ class Select(Statement):
         for number, out in enumerate(self.node.outputs):
             for piece in self._pieces(number):
                 value = inputs[piece[0]]
-                if value.is_initializer():
+                if is_parameter(value):
                     continue
                 mask = state.mask(value)
                 back = Cause("taken from here by", self.node, out)
@@ -298,7 +301,7 @@ class Select(Statement):
             state.layouts[out] = np.squeeze(layout, dim) if self.drop else layout
 
     def _live(self) -> list[ir.Value]:
-        return [value for value in self._inputs().values() if not value.is_initializer()]
+        return [value for value in self._inputs().values() if not is_parameter(value)]
 
     def _columns(self, state: State, index: int, indices: np.ndarray) -> np.ndarray:
         """Return which places along the reduced axis hold the wanted indices; the same in every row."""
@@ -324,7 +327,7 @@ class Select(Statement):
         """Return a piece's layout in the output's positions, or None for an initializer."""
         value = self._inputs()[index]
         out_frame = frame(state.structure(self.node.outputs[number]) or ())
-        if value.is_initializer():
+        if is_parameter(value):
             return None
         dim = self._dim(index)
         layout = state.layouts[value]
@@ -392,7 +395,7 @@ class Select(Statement):
             yield from self._slice_edits(state)
 
     def _split_edits(self, counts: list[int]) -> Iterator[Edit]:
-        if "split" in self.node.attributes:  # opset 12 and before
+        if opset_of(self.node) < SPLIT_INPUT_OPSET:
             yield SetAttribute("split", tuple(counts))
             return
         yield SetAttribute("num_outputs", None)
@@ -439,7 +442,7 @@ class Select(Statement):
             coords = coordinates(state.layouts[out], shape)
             start = 0
             for index, indices in self.parts[number]:
-                if self._inputs()[index].is_initializer():
+                if is_parameter(self._inputs()[index]):
                     yield from self._cut(index, coords, start, len(indices))
                 start += len(indices)
 
