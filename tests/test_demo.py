@@ -116,8 +116,8 @@ def test_an_earlier_demo_is_replaced_whole(tmp_path):
             (folder / MARKER).write_text(json.dumps({"schema": SCHEMA}))
             (folder / round_).touch()
         assert {path.name for path in place.iterdir()} == {MARKER, round_}
-    with pytest.raises(FileNotFoundError, match="third"), demo_folder(place) as folder:
-        (folder / "third").read_text()
+    with pytest.raises(KeyboardInterrupt), demo_folder(place):
+        raise KeyboardInterrupt
     assert {path.name for path in place.iterdir()} == {MARKER, "second"}
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
