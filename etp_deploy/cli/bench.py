@@ -9,7 +9,8 @@ import click
 
 from etp_deploy.cli.compare import read_document
 from etp_deploy.cli.options import PATH, as_json, counts, sizes
-from etp_deploy.cli.terminal import check_model, emit, finite, quiet_stdout, shares, show
+from etp_deploy.cli.sources import check_model
+from etp_deploy.cli.terminal import emit, finite, quiet_stdout, shares, show
 from etp_deploy.errors import UsageError
 
 if TYPE_CHECKING:

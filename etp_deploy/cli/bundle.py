@@ -9,7 +9,8 @@ from typing import Any
 import click
 
 from etp_deploy.cli.options import PATH, as_json
-from etp_deploy.cli.terminal import check_model, emit, quiet_stdout, show, stages
+from etp_deploy.cli.sources import check_model
+from etp_deploy.cli.terminal import emit, quiet_stdout, show, stages
 from etp_deploy.errors import OutputError, UsageError
 
 

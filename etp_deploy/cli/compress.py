@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import click
 
 from etp_deploy.cli.options import PATH, align, as_json, zero_below
-from etp_deploy.cli.terminal import check_model, emit, quiet_stdout, show, stages
+from etp_deploy.cli.sources import check_model
+from etp_deploy.cli.terminal import emit, quiet_stdout, show, stages
 from etp_deploy.errors import UsageError
 
 if TYPE_CHECKING:

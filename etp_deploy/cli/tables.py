@@ -8,7 +8,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from etp_deploy.demo.report import demo_rows
+from etp_deploy.demo.report import COLUMNS, demo_rows
 from etp_deploy.reports import (
     kept_dead_rows,
     removed_line,
@@ -91,8 +91,7 @@ def inspection(document: Mapping[str, Any], *, everything: bool) -> Iterator[Ren
 
 def demonstration(document: Mapping[str, Any]) -> Iterator[RenderableType]:
     """Yield the demo's one table, and its notes."""
-    columns = ("", "dense", "ETP", "compressed ONNX", "gain")
-    found = _table(columns, caption=document["caption"])
+    found = _table(("", *COLUMNS), caption=document["caption"])
     for network in document["networks"]:
         found.add_section()
         found.add_row(Text(network["title"], style="bold"))

@@ -1,4 +1,4 @@
-"""What commands share: where words, tables and JSON go, progress, and checks that cost nothing.
+"""What commands share: where words, tables and JSON go, progress.
 
 Results go to stdout. Under `--json` stdout carries one JSON document and everything else goes to stderr;
 progress goes there always, and only to a terminal.
@@ -13,11 +13,8 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-from etp_deploy.errors import ModelError
-
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
     from rich.console import Console, RenderableType
 
@@ -27,20 +24,6 @@ WIDTH = 120
 
 class ReaderGoneError(Exception):
     """Whoever read stdout has closed it."""
-
-
-def check_model(path: Path) -> None:
-    """Refuse what plainly is no model file, before anything heavy is imported.
-
-    Raises:
-        ModelError: with what is there instead.
-    """
-    if not path.exists():
-        raise ModelError("there is no such file", where=str(path), hint="check the path")
-    if path.is_dir():
-        raise ModelError("this is a folder, not a model file", where=str(path), hint="name the .onnx file")
-    if path.is_file() and path.stat().st_size == 0:
-        raise ModelError("the file is empty", where=str(path), hint="was its writing interrupted?")
 
 
 def console(*, stderr: bool) -> Console:

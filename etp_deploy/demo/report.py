@@ -65,12 +65,17 @@ def demo_page(document: Mapping[str, Any], raw: Mapping[str, Mapping[str, Any]])
     cells: list[tuple[str, ...]] = []
     for network in document["networks"]:
         cells.append((network["title"], "", "", "", ""))
-        cells += [("\u2003" + name, *rest) for name, *rest in demo_rows(network)]
+        # what matters most comes first: a phone shows two columns
+        cells += [
+            (f"\u2003{name}", gain, compressed, etp, dense)
+            for name, dense, etp, compressed, gain in demo_rows(network)
+        ]
     total = html.section(
         "Result",
         html.notices([*missed, *notes]),
         *(part for network in document["networks"] for part in _cards(network)),
-        html.table(("", *COLUMNS), cells, caption=document["caption"]),
+        html.table(("", *reversed(COLUMNS)), cells),
+        html.paragraph(document["caption"], quiet=True),
     )
     parts = [total]
     for network in document["networks"]:
