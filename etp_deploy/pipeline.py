@@ -144,7 +144,10 @@ def compress(
             if zero_below and verify:
                 reference = Path(folder) / "reference.onnx"
                 write_model(model, reference)
-        result, rows = _shrink(model, job, fill)
+        with job.stage("prepare"):
+            prepared = prepare(model)
+            before = model_sizes(original, source, prepared.graph)
+        result, rows = _shrink(prepared, model, job, fill)
         metadata = {"etp_deploy.version": __version__, "etp_deploy.removed": _in_words(_removed(rows))}
         with job.stage("write"):
             write_model(result, candidate, metadata=metadata)
@@ -168,7 +171,7 @@ def compress(
     return CompressionReport(
         source=str(source),
         destination=str(destination),
-        before=model_sizes(original, source),
+        before=before,
         after=model_sizes(written, destination),
         layers=rows,
         verification=verification,
@@ -179,10 +182,10 @@ def compress(
     )
 
 
-def _shrink(model: ir.Model, job: _Job, fill: Fill | None) -> tuple[ir.Model, tuple[Layer, ...]]:
-    """Prepare, plan and rewrite."""
-    with job.stage("prepare"):
-        prepared = prepare(model)
+def _shrink(
+    prepared: ir.Model, model: ir.Model, job: _Job, fill: Fill | None
+) -> tuple[ir.Model, tuple[Layer, ...]]:
+    """Plan and rewrite; return the model itself where nothing can go."""
     with job.stage("plan"):
         removal, _ = plan(prepared.graph, fill)
     if not removal.edits:

@@ -36,12 +36,12 @@ class ModelSizes:
     nodes: int
 
 
-def model_sizes(model: ir.Model, path: Path) -> ModelSizes:
-    """Count a model's sizes; `path` is where it lies."""
+def model_sizes(model: ir.Model, path: Path, prepared: ir.Graph | None = None) -> ModelSizes:
+    """Count a model's sizes; `path` is where it lies, `prepared` its graph with shapes where that is at hand."""
     return ModelSizes(
         parameters=sum(int(tensor.size) for tensor in _weights(model)),
         bytes=file_bytes(model, path),
-        macs=count_macs(model),
+        macs=count_macs(model) if prepared is None else graph_macs(prepared),
         nodes=sum(1 for node in model.graph.all_nodes() if node.op_type != "Constant"),
     )
 
@@ -75,7 +75,11 @@ def file_bytes(model: ir.Model, path: Path) -> int:
 
 def count_macs(model: ir.Model) -> int | None:
     """Return the multiply-accumulates of a model's main graph for one sample, None where a shape is not known."""
-    graph = prepare(model).graph
+    return graph_macs(prepare(model).graph)
+
+
+def graph_macs(graph: ir.Graph) -> int | None:
+    """As `count_macs`, of a graph whose shapes are inferred."""
     bindings = counting_sizes(graph)
     total = 0
     for node in graph:

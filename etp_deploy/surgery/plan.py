@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from etp_deploy.surgery.analysis import read, solve
-from etp_deploy.surgery.shapes import frame_dims, single_label
+from etp_deploy.surgery.shapes import frame_dims, is_parameter, single_label
+from etp_deploy.surgery.state import Cause
+from etp_deploy.surgery.statements.base import cut_size
 from etp_deploy.surgery.statements.contraction import Contraction
 from etp_deploy.surgery.statements.moves import Reshape
 from etp_deploy.surgery.statements.pointwise import Pointwise
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 
     from etp_deploy.surgery.analysis import Analysis, Fill
     from etp_deploy.surgery.statements.base import Edit
+
+    NodeEdits = tuple[tuple[ir.Node, tuple[Edit, ...]], ...]
 
 
 @dataclass(frozen=True)
@@ -77,12 +81,45 @@ def plan(graph: ir.Graph, fill: Fill | None = None) -> tuple[RemovalPlan, Analys
     """
     analysis = read(graph)
     solve(analysis, fill)
-    edits = []
-    for node, says in analysis.statements.items():
-        changes = tuple(says.edits(analysis.state))
-        if changes:
-            edits.append((node, changes))
-    return RemovalPlan(tuple(edits), tuple(layers(analysis))), analysis
+    edits = _edits(analysis)
+    while _pin_grown(analysis, edits):
+        solve(analysis, fill)
+        edits = _edits(analysis)
+    return RemovalPlan(edits, tuple(layers(analysis))), analysis
+
+
+def _edits(analysis: Analysis) -> NodeEdits:
+    found = ((node, tuple(says.edits(analysis.state))) for node, says in analysis.statements.items())
+    return tuple((node, changes) for node, changes in found if changes)
+
+
+def _pin_grown(analysis: Analysis, edits: NodeEdits) -> bool:
+    """Pin what reads a shared initializer whose different cuts would hold more than it does; say if any was."""
+    cuts: dict[ir.Value, dict[ir.Node, tuple[int, bytes]]] = {}
+    for node, changes in edits:
+        for change in changes:
+            index = getattr(change, "index", None)
+            value = node.inputs[index] if index is not None and index < len(node.inputs) else None
+            if value is not None and _shared_weight(value):
+                cuts.setdefault(value, {})[node] = cut_size(change, value)
+    pinned = False
+    text = "its constant is shared with other nodes, and what each could lose differs, at"
+    for value, by_node in cuts.items():
+        assert value.const_value is not None
+        untouched = any(node not in by_node for node, _ in value.uses())
+        total = sum(size for size, _ in set(by_node.values())) + (value.const_value.size if untouched else 0)
+        if total <= value.const_value.size:
+            continue
+        for node in by_node:
+            cause = Cause(text, node, spare=True)
+            for tensor in (*node.inputs, *node.outputs):
+                pinned |= analysis.state.grow(tensor, np.ones((), bool), cause)
+    return pinned
+
+
+def _shared_weight(value: ir.Value) -> bool:
+    floating = value.dtype is not None and value.dtype.is_floating_point()
+    return is_parameter(value) and floating and len(value.uses()) > 1
 
 
 def layers(analysis: Analysis) -> list[Layer]:

@@ -67,7 +67,8 @@ def infer_shapes(model: ir.Model) -> None:
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        infer_symbolic_shapes(model, warn_on_missing=False)
+        # names that outputs declare for sizes tell nothing that removing channels needs, and cost most of the time
+        infer_symbolic_shapes(model, warn_on_missing=False, adopt_declared_symbols=False)
     finally:
         logger.setLevel(level)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -168,3 +169,20 @@ def new_sizes(structure: Structure, reduced: tuple[int, ...]) -> tuple[tuple[Siz
             size = size * (Size(reduced[dim]) if factor.labelled else factor.size)
         sizes.append((size, size != axis_size(factors)))
     return tuple(sizes)
+
+
+def cut_size(edit: Edit, value: ir.Value) -> tuple[int, bytes]:
+    """Return how many elements an edit leaves of an initializer, and a digest of which they are."""
+    assert value.const_value is not None
+    match edit:
+        case SetInput(_, array):
+            return array.size, hashlib.sha256(np.ascontiguousarray(array).tobytes()).digest()
+        case SliceInput(_, takes):
+            size = int(value.const_value.size)
+            for axis, line in takes:
+                size = size // value.const_value.numpy().shape[axis] * line.size
+            return size, b"".join(bytes([axis]) + line.tobytes() for axis, line in takes)
+        case GatherInput(_, _, indices, merged):
+            return int(np.prod(merged)), b"".join(index.tobytes() for index in indices)
+        case _:
+            return 0, b""

@@ -12,13 +12,13 @@ import numpy as np
 
 from etp_deploy.surgery.shapes import (
     Axis,
+    Factor,
     Structure,
     frame,
     frame_dims,
     has_labels,
     labelled,
     plain,
-    unlabelled,
 )
 from etp_deploy.surgery.state import Cause, ConflictError, coordinates, nested_fill
 from etp_deploy.surgery.statements.base import (
@@ -116,12 +116,9 @@ class Contraction(Statement):
         for axis, factors in enumerate(structure):
             if has_labels(factors) and axis != self.data_axis and not self._passes(axis):
                 state.pin(self.data, axis, "the operator mixes positions along this axis", self.node)
-        if (
-            self.weight.groups > 1
-            and has_labels(structure[self.data_axis])
-            and len(structure[self.data_axis]) > 1
-        ):
-            state.pin(self.data, self.data_axis, "groups do not follow the merged axis", self.node)
+        labels = sum(factor.labelled for factor in structure[self.data_axis])
+        if labels > 1 or (labels and self.weight.groups > 1 and len(structure[self.data_axis]) > 1):
+            state.pin(self.data, self.data_axis, "several axes are merged here", self.node)
             structure = _without_labels(structure, self.data_axis)
         out = list(plain(shape))
         for axis in range(len(out)):
@@ -602,4 +599,6 @@ def _equal_rows(mask: np.ndarray, groups: np.ndarray) -> np.ndarray:
 
 
 def _without_labels(structure: Structure, axis: int) -> Structure:
-    return tuple(unlabelled(item) if index == axis else item for index, item in enumerate(structure))
+    """Return the structure with an axis's factors unlabelled, one by one, so that frames keep their dimensions."""
+    bare = tuple(Factor(factor.size) for factor in structure[axis])
+    return tuple(bare if index == axis else item for index, item in enumerate(structure))

@@ -169,8 +169,9 @@ class Product(Statement):
             and second is not None
             and not self._dims_labelled()
         ):
-            held = np.broadcast_to(self._lift(second.known, 1, np.logical_and), known.shape)
-            value = np.where(held, np.broadcast_to(self._lift(second.value, 1), known.shape), value)
+            low, high = self._lift(second.value, 1, np.minimum), self._lift(second.value, 1, np.maximum)
+            held = np.broadcast_to(self._lift(second.known, 1, np.logical_and) & (low == high), known.shape)
+            value = np.where(held, np.broadcast_to(low, known.shape), value)
             known = known | held
         dtype = np.float32 if self.out.dtype is None else self.out.dtype.numpy()
         state.set_constant(
