@@ -52,7 +52,7 @@ for _command in (export, compress, inspect, verify, bench, compare, bundle, demo
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code; only a request for the traceback lets an error through."""
+    """Run the command line and return its exit code; only a defect of ours, asked for, shows its traceback."""
     _end_tidily_when_terminated()
     try:
         code = _run(list(sys.argv[1:] if arguments is None else arguments))
@@ -60,8 +60,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except click.ClickException as error:
         return _say(_usage_line(error), error.exit_code)
     except EtpError as error:
-        if os.environ.get(TRACEBACK):
-            raise
         return _say(_one_line(str(error)), error.exit_code)
     except (KeyboardInterrupt, click.Abort):
         click.echo(f"{NAME}: interrupted", err=True)

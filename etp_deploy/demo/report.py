@@ -62,19 +62,10 @@ def demo_page(document: Mapping[str, Any], raw: Mapping[str, Mapping[str, Any]])
     """
     missed = [("goal missed", line, "this run is not as it should be") for line in document["missed"]]
     notes = [("note", line, "") for line in document["notes"]]
-    cells: list[tuple[str, ...]] = []
-    for network in document["networks"]:
-        cells.append((network["title"], "", "", "", ""))
-        # what matters most comes first: a phone shows two columns
-        cells += [
-            (f"\u2003{name}", gain, compressed, etp, dense)
-            for name, dense, etp, compressed, gain in demo_rows(network)
-        ]
     total = html.section(
         "Result",
         html.notices([*missed, *notes]),
-        *(part for network in document["networks"] for part in _cards(network)),
-        html.table(("", *reversed(COLUMNS)), cells),
+        *(part for network in document["networks"] for part in _summary(network)),
         html.paragraph(document["caption"], quiet=True),
     )
     parts = [total]
@@ -85,7 +76,7 @@ def demo_page(document: Mapping[str, Any], raw: Mapping[str, Mapping[str, Any]])
     return html.page("Pruned with ETP, compressed, verified", parts, subtitle=where, data=document)
 
 
-def _cards(network: Mapping[str, Any]) -> tuple[Html, Html]:
+def _summary(network: Mapping[str, Any]) -> tuple[Html, Html, Html]:
     sizes, accuracy = network["parameters"], network["accuracy"]
     lost = (accuracy["compressed_onnx"] - accuracy["dense"]) * 100
     fewer = f"{ratio_text(sizes['etp'], sizes['compressed'])} fewer"
@@ -96,7 +87,11 @@ def _cards(network: Mapping[str, Any]) -> tuple[Html, Html]:
     for provider, found in network["benchmarks"].items():
         value, _, rest = speedup(found["comparisons"][0]).partition(" ")
         entries.append((f"speed-up, {provider}", value.rstrip(","), rest))
-    return html.heading(network["title"]), html.cards(entries)
+    # what matters most comes first: a phone shows three columns
+    rows = [(name, small, etp, dense, gain) for name, dense, etp, small, gain in demo_rows(network)]
+    headers = ("", "compressed", "ETP", "dense", "gain")
+    table = html.table(headers, rows, text_columns=(0, 4))
+    return html.heading(network["title"]), html.cards(entries), table
 
 
 def _sections(network: Mapping[str, Any], raw: Mapping[str, Mapping[str, Any]]) -> Iterator[Html]:
