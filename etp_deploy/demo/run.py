@@ -158,44 +158,33 @@ class _Job:
 
 def _network(job: _Job, subject: Subject) -> dict[str, Any]:
     """Do everything for one network."""
-    name, folder = subject.name, job.folder
-    trained: dict[str, TrainedNetwork] = {}
-    for kind, low, high in (("dense", 0.0, 0.33), ("etp", 0.35, 0.70)):
-        with job.stage(f"training {kind}", low, high) as step:
-            trained[kind] = train(name, etp=kind == "etp", seed=job.seed, progress=_epochs(step))
-        with job.stage(f"export {kind}", high, high + 0.02):
-            example = torch.from_numpy(job.digits.test_images[:2])
-            path = folder / f"{name}-{kind}.onnx"
-            export(
-                trained[kind].module,
-                {"images": example},
-                path,
-                dynamic=["images.0=batch"],
-                output_names=["logits"],
-            )
+    name, folder, digits = subject.name, job.folder, job.digits
+    trained = {
+        "dense": _trained(job, name, folder / f"{name}-dense.onnx", etp=False, start=0.0),
+        "etp": _trained(job, name, folder / f"{name}-etp.onnx", etp=True, start=0.36),
+    }
     original, compressed = folder / f"{name}-etp.onnx", folder / f"{name}-compressed.onnx"
     with job.stage("compress", 0.72, 0.8) as step:
         report = compress(original, compressed, progress=lambda stage: step(stage, 0.5))
     compression = {**report.to_json(), "source": original.name, "destination": compressed.name}
     _save(folder / f"{name}-compress.json", compression)
     with job.stage("test set", 0.8, 0.81):
-        onnx_answers = _answers_onnx(compressed, job.digits.test_images)
-    with torch.no_grad():
-        scores = trained["etp"].module(torch.from_numpy(job.digits.test_images))
-    labels = job.digits.test_labels
+        answers = _answers_onnx(compressed, digits.test_images)
+        with torch.no_grad():
+            expected = trained["etp"].module(torch.from_numpy(digits.test_images)).argmax(1).numpy()
     dense = folder / f"{name}-dense.onnx"
     sizes = {"dense": model_sizes(read_model(dense), dense), "etp": report.before, "compressed": report.after}
     return {
         "name": name,
         "title": subject.title,
         "goal": subject.smaller,
-        "test_images": len(labels),
+        "test_images": len(answers),
         "accuracy": {
             "dense": trained["dense"].accuracy,
             "etp": trained["etp"].accuracy,
-            "compressed_onnx": float((onnx_answers == labels).mean()),
+            "compressed_onnx": float((answers == digits.test_labels).mean()),
         },
-        "mismatches": int((onnx_answers != scores.argmax(1).numpy()).sum()),
+        "mismatches": int((answers != expected).sum()),
         **{
             key: {stage: getattr(found, key) for stage, found in sizes.items()}
             for key in ("parameters", "macs", "bytes")
@@ -204,6 +193,17 @@ def _network(job: _Job, subject: Subject) -> dict[str, Any]:
         "training": {kind: [dataclasses.asdict(e) for e in trained[kind].history] for kind in trained},
         "benchmarks": _benchmarks(job, original, compressed),
     }
+
+
+def _trained(job: _Job, name: str, path: Path, *, etp: bool, start: float) -> TrainedNetwork:
+    """Train a network and export it with a free batch size."""
+    kind = "etp" if etp else "dense"
+    with job.stage(f"training {kind}", start, start + 0.34) as step:
+        trained = train(name, etp=etp, seed=job.seed, progress=_epochs(step))
+    with job.stage(f"export {kind}", start + 0.34, start + 0.36):
+        images = {"images": torch.from_numpy(job.digits.test_images[:2])}
+        export(trained.module, images, path, dynamic=["images.0=batch"], output_names=["logits"])
+    return trained
 
 
 def _epochs(step: Callable[[str, float], None]) -> Callable[[Epoch], None]:
