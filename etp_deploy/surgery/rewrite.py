@@ -36,6 +36,7 @@ class Rewriter:
     def __init__(self, graph: ir.Graph) -> None:
         self.graph = graph
         self._cut: dict[tuple[str, bytes], ir.Value] = {}
+        self.wanted: dict[ir.Value, str] = {}
 
     def apply(self, edits: Sequence[tuple[ir.Node, tuple[Edit, ...]]]) -> None:
         """Apply all edits; vectors to add come last, since they may join an initializer that was cut."""
@@ -61,11 +62,8 @@ class Rewriter:
                 self._set_input(node, index, array)
             case SetAttribute(name, None):
                 node.attributes.pop(name, None)
-            case SetAttribute(name, value):
-                made = (
-                    ir.AttrInt64(name, value) if isinstance(value, int) else ir.AttrInt64s(name, value or ())
-                )
-                node.attributes[name] = made
+            case SetAttribute(name, (int() | float() | tuple()) as value):
+                node.attributes[name] = _attribute(name, value)
             case SetShape(index, sizes):
                 self._set_shape(node, index, sizes)
             case SetSlice():
@@ -85,13 +83,19 @@ class Rewriter:
             node.resize_inputs(index + 1)
         node.replace_input_with(index, self._shared(name, array))
 
+    def _named(self, array: np.ndarray, name: str) -> ir.Value:
+        """Add an initializer that takes over a name as soon as that is free."""
+        value = constant(self.graph, array, name)
+        self.wanted[value] = name
+        return value
+
     def _shared(self, name: str, array: np.ndarray) -> ir.Value:
         """Return an initializer with this name and content, one for all nodes whose cuts come out equal."""
         digest = hashlib.sha256(
             f"{array.dtype} {array.shape}".encode() + np.ascontiguousarray(array).data
         ).digest()
         if (name, digest) not in self._cut:
-            self._cut[name, digest] = constant(self.graph, array, name)
+            self._cut[name, digest] = self._named(array, name)
         return self._cut[name, digest]
 
     def _slice_input(self, node: ir.Node, index: int, takes: tuple[tuple[int, np.ndarray], ...]) -> None:
@@ -105,7 +109,7 @@ class Rewriter:
             array = self._array(node, index)
             for axis, line in takes:
                 array = np.take(array, line, axis=axis)
-            self._cut[key] = constant(self.graph, array, old.name or f"{node.outputs[0].name}_{index}")
+            self._cut[key] = self._named(array, old.name or f"{node.outputs[0].name}_{index}")
         node.replace_input_with(index, self._cut[key])
 
     def _set_shape(self, node: ir.Node, index: int, sizes: tuple[tuple[Size, bool], ...]) -> None:
@@ -201,6 +205,12 @@ class Rewriter:
         self.graph.insert_after(producer, added)
 
 
+def _attribute(name: str, value: float | tuple[int, ...]) -> ir.Attr:
+    if isinstance(value, tuple):
+        return ir.AttrInt64s(name, value)
+    return ir.AttrInt64(name, value) if isinstance(value, int) else ir.AttrFloat32(name, value)
+
+
 def _new_literal(literal: np.ndarray, sizes: tuple[tuple[Size, bool], ...], node: ir.Node) -> np.ndarray:
     """Return a constant target with the changed entries replaced."""
     values = [int(entry) for entry in literal]
@@ -222,11 +232,15 @@ def _new_literal(literal: np.ndarray, sizes: tuple[tuple[Size, bool], ...], node
 
 def rewrite(model: ir.Model, edits: Sequence[tuple[ir.Node, tuple[Edit, ...]]]) -> None:
     """Apply edits to a prepared model, in place, and drop what nothing uses any more."""
-    Rewriter(model.graph).apply(edits)
+    rewriter = Rewriter(model.graph)
+    rewriter.apply(edits)
     for value in (value for node in model.graph for value in node.outputs):
         if not value.is_graph_output():
             value.shape = None
     passes.RemoveUnusedNodesPass()(model)
+    for value, name in rewriter.wanted.items():
+        if value.is_initializer() and name not in model.graph.initializers:
+            value.name = name
 
 
 def restore_interface(model: ir.Model, original: ir.Model) -> None:

@@ -1,26 +1,11 @@
-"""One rule an operator; one file a family. Importing this package registers all of them."""
+"""One rule an operator; one file a family. Importing this package registers every family in it."""
 
-from etp_deploy.surgery.rules import (
-    convolution,
-    elementwise,
-    linear,
-    movement,
-    normalization,
-    recurrent,
-    reduction,
-)
+from importlib import import_module
+from pkgutil import iter_modules
+
 from etp_deploy.surgery.rules.registry import RefusedError, covered, rule, statement
 
-__all__ = [
-    "RefusedError",
-    "convolution",
-    "covered",
-    "elementwise",
-    "linear",
-    "movement",
-    "normalization",
-    "recurrent",
-    "reduction",
-    "rule",
-    "statement",
-]
+for _family in iter_modules(__path__):
+    import_module(f"{__name__}.{_family.name}")
+
+__all__ = ["RefusedError", "covered", "rule", "statement"]

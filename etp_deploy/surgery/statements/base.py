@@ -46,10 +46,10 @@ class GatherInput:
 
 @dataclass(frozen=True)
 class SetAttribute:
-    """Set an integer or integer-list attribute of a node; None removes it."""
+    """Set an integer, float or integer-list attribute of a node; None removes it."""
 
     name: str
-    value: int | tuple[int, ...] | None
+    value: int | float | tuple[int, ...] | None
 
 
 @dataclass(frozen=True)

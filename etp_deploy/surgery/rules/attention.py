@@ -1,0 +1,28 @@
+"""Attention as one operator."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from etp_deploy.surgery.rules.common import attribute, input_at, rank, static
+from etp_deploy.surgery.rules.registry import RefusedError, rule
+from etp_deploy.surgery.statements.attention import Attention
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from etp_deploy.surgery.statements.base import Statement
+
+
+@rule("Attention")
+def attention(node: ir.Node) -> Statement:
+    """y[b, h, n, e] = sum_m softmax_m(scale * q[b, h, n] . k[b, g, m] + mask) * v[b, g, m, e]"""
+    if rank(node.inputs[0]) != 4:
+        raise RefusedError("an Attention on tensors of three axes")
+    if any(input_at(node, index) is not None for index in (4, 5, 6)):
+        raise RefusedError("an Attention with a cache")
+    if any(value.uses() or value.is_graph_output() for value in node.outputs[1:]):
+        raise RefusedError("a second output of the node is used")
+    scale = attribute(node, "scale", 1.0 / math.sqrt(static(node.inputs[0], 3)))
+    return Attention(node, scale=float(scale), may_mask_all=input_at(node, 3) is not None)
