@@ -8,6 +8,7 @@ are replaced, never followed.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import tempfile
@@ -18,6 +19,9 @@ from etp_deploy.errors import OutputError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+# what a caller's block may meet that says something of the destination, and not of what the caller reads
+_OF_WRITING = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO})
 
 
 def check_output(path: Path, *, inputs: tuple[Path, ...] = ()) -> None:
@@ -43,22 +47,31 @@ def whole_file(path: Path) -> Iterator[Path]:
         OutputError: when the file cannot be written.
     """
     check_output(path)
-    try:
+    with _translated(path):
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    except OSError as error:
-        raise OutputError(f"cannot write: {error.strerror}", where=str(path), hint="") from error
     os.close(handle)
     temporary = Path(name)
     try:
-        yield temporary
-        _flush(temporary)
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(path)
-        _flush(path.parent)
-    except OSError as error:
-        raise OutputError(f"cannot write: {error.strerror or error}", where=str(path)) from error
+        with _translated(path, only=_OF_WRITING):
+            yield temporary
+        with _translated(path):
+            _flush(temporary)
+            temporary.chmod(0o666 & ~_umask())
+            temporary.replace(path)
+            _flush(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _translated(path: Path, *, only: frozenset[int] | None = None) -> Iterator[None]:
+    """Turn what the operating system says of a destination into an error of ours; of these kinds only."""
+    try:
+        yield
+    except OSError as error:
+        if only is not None and error.errno not in only:
+            raise
+        raise OutputError(f"cannot write: {error.strerror or error}", where=str(path)) from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -86,19 +99,17 @@ def whole_folder(path: Path) -> Iterator[Path]:
         raise OutputError(
             "the output folder exists already", where=str(path), hint="remove it or choose another name"
         )
-    try:
+    with _translated(path):
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
-    except OSError as error:
-        raise OutputError(f"cannot write: {error.strerror}", where=str(path)) from error
     try:
-        yield temporary
-        for file in temporary.rglob("*"):
-            _flush(file)
-        temporary.chmod(0o777 & ~_umask())
-        temporary.replace(path)
-        _flush(path.parent)
-    except OSError as error:
-        raise OutputError(f"cannot write: {error.strerror or error}", where=str(path)) from error
+        with _translated(path, only=_OF_WRITING):
+            yield temporary
+        with _translated(path):
+            for file in temporary.rglob("*"):
+                _flush(file)
+            temporary.chmod(0o777 & ~_umask())
+            temporary.replace(path)
+            _flush(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -153,7 +153,7 @@ def _layer(
     dead_kept = kept & (constant | refilled)
     reasons: dict[str, int] = {}
     for index in why[dead_kept]:
-        text = reason(analysis, int(index))
+        text = reason(analysis, root_cause(analysis, int(index)))
         reasons[text] = reasons.get(text, 0) + 1
     return Layer(
         name=says.out.name or "",
@@ -174,6 +174,20 @@ def final_constant(analysis: Analysis, value: ir.Value, dim: int) -> np.ndarray:
     if constant is None:
         return np.zeros(mask.shape[dim], bool)
     return np.asarray(constant.known.all(axis=tuple(other for other in range(mask.ndim) if other != dim)))
+
+
+def root_cause(analysis: Analysis, index: int) -> int:
+    """Follow why a dead channel stays to what asked for it: alignment, equal counts, a carrier, a pin."""
+    state = analysis.state
+    for _ in range(len(state.causes)):
+        source = state.causes[index].source
+        if state.causes[index].spare or source is None or source not in state.why:
+            break
+        earlier = [int(item) for item in np.unique(state.why[source]) if 0 < item < index]
+        if not earlier:
+            break
+        index = max(earlier, key=lambda item: (state.causes[item].spare, item))
+    return index
 
 
 def reason(analysis: Analysis, index: int) -> str:

@@ -31,6 +31,8 @@ _ALLOWZERO_OPSET = 14
 # from here on an initializer among the inputs is a default that a caller may override
 OVERRIDABLE_IR_VERSION = 4
 _RESOLVED = "etp_deploy.resolved"
+# what of these was built already, kept in the graph's own scratch space while it is prepared
+_SIZES, _TARGETS = "etp_deploy.sizes", "etp_deploy.targets"
 
 
 def prepare(model: ir.Model) -> ir.Model:
@@ -196,6 +198,7 @@ def _resolve_shapes(graph: ir.Graph) -> bool:
         entries = shape_data(target)
         if entries is not None:
             changed |= _rebuild_target(graph, node, index, entries, sources)
+    graph.sort()
     return changed
 
 
@@ -356,7 +359,7 @@ def _rebuild_target(
     target = node.inputs[index]
     if target is None or target.metadata_props.get(_RESOLVED) == wording:
         return False  # nothing more became known since the last round
-    pieces = list(_pieces(graph, node, values, sources))
+    pieces = list(_pieces(graph, values, sources))
     if None in pieces:
         return False
     if reshape:
@@ -409,40 +412,59 @@ def opset(graph: ir.Graph) -> int:
 
 
 def _concatenated(graph: ir.Graph, node: ir.Node, pieces: list[int | ir.Value | None]) -> ir.Value:
+    """Return the target as a tensor; one for all nodes that ask for the same."""
     name = f"{node.outputs[0].name}_target"
     if all(isinstance(piece, int) for piece in pieces):
         return constant(graph, np.array(pieces, np.int64), name)
-    parts = [
-        constant(graph, np.array([piece], np.int64), f"{name}_{position}")
-        if isinstance(piece, int)
-        else piece
-        for position, piece in enumerate(pieces)
-    ]
-    return insert(graph, node, ir.node("Concat", parts, {"axis": 0}), name, len(pieces))
+    known: dict[object, ir.Value] = graph.meta.setdefault(_TARGETS, {})
+    key = tuple(pieces)
+    if not _present(known.get(key), graph):
+        parts = [
+            constant(graph, np.array([piece], np.int64), f"{name}_{position}")
+            if isinstance(piece, int)
+            else piece
+            for position, piece in enumerate(pieces)
+        ]
+        known[key] = _insert(graph, ir.node("Concat", parts, {"axis": 0}), name, len(pieces))
+    return known[key]
 
 
-def insert(graph: ir.Graph, before: ir.Node, node: ir.Node, name: str, size: int) -> ir.Value:
-    """Insert a node that computes `size` integers in front of another one."""
+def _present(value: ir.Value | None, graph: ir.Graph) -> bool:
+    """Return whether a tensor built in an earlier round is still there; unused ones are dropped in between."""
+    producer = None if value is None else value.producer()
+    return producer is not None and producer.graph is graph
+
+
+def _insert(graph: ir.Graph, node: ir.Node, name: str, size: int) -> ir.Value:
+    """Insert a node that computes `size` integers at the graph's beginning, which is sorted afterwards."""
     value = node.outputs[0]
     value.name = name
     value.type = ir.TensorType(ir.DataType.INT64)
     value.shape = ir.Shape([size])
-    graph.insert_before(before, node)
+    graph.insert_before(graph[0], node)
     return value
 
 
 def _pieces(
-    graph: ir.Graph, node: ir.Node, values: list[int | Size], sources: dict[str, tuple[ir.Value, int]]
+    graph: ir.Graph, values: list[int | Size], sources: dict[str, tuple[ir.Value, int]]
 ) -> Iterator[int | ir.Value | None]:
     """Yield what each entry is: a number, a size read from one of the graph's inputs, or None if neither."""
-    for position, size in enumerate(values):
+    for size in values:
         if isinstance(size, int):
             yield size
         elif str(size) in sources:
-            value, axis = sources[str(size)]
-            name = f"{node.outputs[0].name}_size_{position}"
-            shape = insert(graph, node, ir.node("Shape", [value]), f"{name}_of", len(value.shape or ()))
-            where = constant(graph, np.array([axis], np.int64), f"{name}_axis")
-            yield insert(graph, node, ir.node("Gather", [shape, where], {"axis": 0}), name, 1)
+            yield _read_size(graph, *sources[str(size)])
         else:
             yield None
+
+
+def _read_size(graph: ir.Graph, value: ir.Value, axis: int) -> ir.Value:
+    """Return the size of an input's axis as a tensor of one entry; read once, at the graph's beginning."""
+    known: dict[object, ir.Value] = graph.meta.setdefault(_SIZES, {})
+    if not _present(known.get((value, axis)), graph):
+        name = f"{value.name}_size_{axis}"
+        shape = _insert(graph, ir.node("Shape", [value]), f"{name}_of", len(value.shape or ()))
+        where = constant(graph, np.array([axis], np.int64), f"{name}_axis")
+        gather = ir.node("Gather", [shape, where], {"axis": 0})
+        known[value, axis] = _insert(graph, gather, name, 1)
+    return known[value, axis]
