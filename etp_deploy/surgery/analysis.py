@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
     Fill = Callable[["Analysis"], bool]
 
+# in how many rounds, at least, tensors that lost everything are given something back
+ROUNDS = 100
+
 
 @dataclass(frozen=True)
 class Analysis:
@@ -107,10 +110,17 @@ def settle(analysis: Analysis) -> None:
 
 
 def _keep_one(analysis: Analysis) -> bool:
-    """Give one position back to every tensor that lost all."""
-    state, grown = analysis.state, False
-    for value, mask in state.keep.items():
-        if mask.any() or not mask.size:
+    """Give one position back to tensors that lost all; say whether any had.
+
+    One tensor at a time, so that what it is linked with follows (a query keeps the key's index); where very many
+    are empty, a share of them at a time.
+    """
+    state = analysis.state
+    empty = [value for value, mask in state.keep.items() if mask.size and not mask.any()]
+    left = -(-len(empty) // ROUNDS)
+    for value in empty:
+        mask = state.keep[value]
+        if mask.any() or not left:
             continue
         constant = state.constant(value)
         magnitude = (
@@ -120,8 +130,8 @@ def _keep_one(analysis: Analysis) -> bool:
         one[np.argmax(magnitude)] = True
         state.grow(value, one.reshape(mask.shape), Cause("a tensor keeps at least one channel", spare=True))
         settle(analysis)
-        grown = True
-    return grown
+        left -= 1
+    return bool(empty)
 
 
 def _lay_out(analysis: Analysis) -> bool:
