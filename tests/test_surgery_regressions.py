@@ -1,0 +1,203 @@
+"""Graphs that the surgery once got wrong, each as small as it goes."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from graphs import Case, failure, run, shrunk, weight_elements
+from onnx import helper, numpy_helper
+
+
+class Net:
+    """A small graph under construction: float inputs, weights from one seed, nodes in order."""
+
+    def __init__(self, **inputs):
+        self.random = np.random.default_rng(0)
+        self.inputs = inputs
+        self.nodes, self.weights = [], {}
+
+    def rand(self, *shape, dead=None, axis=0):
+        """Return random numbers, zero at some indices of an axis."""
+        array = self.random.standard_normal(shape).astype(np.float32)
+        if dead is not None:
+            array[(slice(None),) * axis + (list(dead),)] = 0
+        return array
+
+    def node(self, operator, inputs, output, **attributes):
+        """Add a node; arrays among its inputs become initializers."""
+        names = []
+        for item in inputs:
+            if isinstance(item, str):
+                names.append(item)
+            else:
+                names.append(f"w{len(self.weights)}")
+                self.weights[names[-1]] = np.asarray(item)
+        outputs = [output] if isinstance(output, str) else output
+        self.nodes.append(helper.make_node(operator, names, outputs, **attributes))
+
+    def case(self, *outputs, opset=18, overridable=()):
+        """Return the graph with inputs for it; named dimensions are 2."""
+        infos = {**self.inputs, **{name: self.weights[name].shape for name in overridable}}
+        graph = helper.make_graph(
+            self.nodes,
+            "small",
+            [
+                helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
+                for name, shape in infos.items()
+            ],
+            [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in outputs],
+            [numpy_helper.from_array(array, name) for name, array in self.weights.items()],
+        )
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
+        feeds = {
+            name: self.rand(*(4 if isinstance(size, str) else size for size in shape))
+            for name, shape in self.inputs.items()
+        }
+        return Case(model, feeds)
+
+
+def gained(case):
+    """Return the weight elements before and after, having checked that nothing else changed."""
+    assert failure(case) is None
+    return weight_elements(case.model), weight_elements(shrunk(case.model))
+
+
+@pytest.mark.parametrize(("beta", "folded"), [(0.5, 3), (-1.5, 0), (2.0, 3)])
+def test_constants_behind_a_scaled_bias(beta, folded):
+    """Gemm multiplies its bias by beta, and the constants of dead neurons with it."""
+    net = Net(x=(2, 4))
+    net.node("Gemm", ["x", net.rand(8, 4, dead=(1, 3)), net.rand(8) + 2], "y", transB=1, beta=beta, alpha=0.7)
+    net.node("Relu", ["y"], "r")
+    net.node("Gemm", ["r", net.rand(3, 8)], "z", transB=1)
+    assert gained(net.case("z")) == (64, 6 * 4 + 6 + 3 * 6 + folded)
+
+
+def test_resize_to_sizes_that_name_the_channels():
+    """Sizes of a Resize include the channel count, which follows."""
+    net = Net(x=(1, 3, 4, 4))
+    net.node("Conv", ["x", net.rand(8, 3, 3, 3, dead=(2, 5))], "y", pads=[1, 1, 1, 1])
+    net.node("Resize", ["y", "", "", np.array([1, 8, 8, 8])], "r", mode="nearest")
+    net.node("Conv", ["r", net.rand(2, 8, 1, 1)], "z")
+    assert gained(net.case("z")) == (8 * 27 + 16, 6 * 27 + 12)
+
+
+def test_resize_along_channels():
+    """A Resize that makes 16 channels of 8 relates them in no way we follow."""
+    net = Net(x=(1, 3, 4, 4))
+    net.node("Conv", ["x", net.rand(8, 3, 1, 1, dead=(2, 5))], "y")
+    net.node("Resize", ["y", "", np.array([1, 2, 1, 1], np.float32)], "r", mode="nearest")
+    net.node("Conv", ["r", net.rand(2, 16, 1, 1)], "z")
+    gained(net.case("z"))
+
+
+@pytest.mark.parametrize("between", ["Slice", "MaxPool", "AveragePool", "ReduceMax", "ReduceMean", "Gather"])
+def test_rows_that_no_longer_sum_to_one(between):
+    """Only what leaves a Softmax as it is hands on that its rows sum to one."""
+    net = Net(x=(1, "S", 4))
+    net.node("MatMul", ["x", net.rand(4, 4)], "q")
+    net.node("Transpose", ["x"], "t", perm=[0, 2, 1])
+    net.node("MatMul", ["q", "t"], "s")
+    net.node("Softmax", ["s"], "p", axis=-1)
+    net.node("Identity", ["x"], "x2")
+    if between == "Slice":
+        net.node("Slice", ["p", np.array([1]), np.array([3]), np.array([2])], "p2")
+        net.nodes.pop(-2)
+        net.node("Slice", ["x", np.array([1]), np.array([3]), np.array([1])], "x2")
+    elif between == "Gather":
+        net.node("Gather", ["p", np.array([1, 0])], "p2", axis=2)
+        net.nodes.pop(-2)
+        net.node("Gather", ["x", np.array([1, 0])], "x2", axis=1)
+    elif between.endswith("Pool"):
+        net.node(between, ["p"], "p2", kernel_shape=[3], pads=[1, 1])
+    else:
+        net.node(between, ["p"], "p2", axes=[1])
+    net.node("MatMul", ["x2", np.zeros((4, 6), np.float32)], "v0")
+    net.node("Add", ["v0", net.rand(6)], "v")
+    net.node("MatMul", ["p2", "v"], "o")
+    net.node("MatMul", ["o", net.rand(6, 3)], "z")
+    gained(net.case("z", opset=13))
+
+
+def test_a_weight_that_three_products_share():
+    """Different cuts of one shared weight would be more than the weight itself."""
+    net = Net(x=(2, 40))
+    net.node("MatMul", ["x", net.rand(40, 40, dead=range(0, 40, 10), axis=1)], "a")
+    net.node("MatMul", ["a", "w0"], "b")
+    net.node("MatMul", ["b", "w0"], "c")
+    before, after = gained(net.case("c"))
+    assert after <= before
+
+
+def test_a_filter_that_two_convolutions_share():
+    """As for products."""
+    net = Net(x=(2, 4, 9))
+    net.node("Conv", ["x", net.rand(4, 4, 3, dead=(1,)), net.rand(4)], "a", pads=[1, 1])
+    net.node("Conv", ["a", "w0", net.rand(4)], "b", pads=[1, 1])
+    before, after = gained(net.case("b"))
+    assert after <= before
+
+
+def test_an_initializer_that_a_caller_may_override():
+    """An initializer that is also an input holds what the caller says: it is no constant."""
+    net = Net(x=(2, 4))
+    net.node("Gemm", ["x", net.rand(8, 4, dead=(1,))], "y", transB=1)
+    net.node("Gemm", ["y", net.rand(3, 8)], "z", transB=1)
+    case = net.case("z", overridable=("w0",))
+    before, after = gained(case)
+    assert after <= before
+    feeds = {**case.feeds, "w0": np.ones((8, 4), np.float32)}
+    assert np.allclose(run(case.model, feeds)[0], run(shrunk(case.model), feeds)[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("opset", [11, 12])
+def test_an_equal_split_of_an_old_opset(opset):
+    """Before opset 13 the sizes of a Split are an attribute, also where it had none."""
+    net = Net(x=(2, 4))
+    net.node("Gemm", ["x", net.rand(8, 4, dead=(1,))], "y", transB=1)
+    net.node("Split", ["y"], ["a", "b"], axis=1)
+    net.node("Concat", ["b", "a"], "c", axis=1)
+    net.node("Gemm", ["c", net.rand(3, 8)], "z", transB=1)
+    assert gained(net.case("z", opset=opset)) == (56, 49)
+
+
+def test_even_and_odd_halves():
+    """Slices by two cannot say every selection; where they cannot, all stays, and nothing is refused."""
+    net = Net(x=(2, 4))
+    net.node("MatMul", ["x", net.rand(4, 8, dead=(1, 5), axis=1)], "y")
+    for name, start in (("even", 0), ("odd", 1)):
+        net.node("Slice", ["y", *(np.array([entry]) for entry in (start, 100, -1, 2))], name)
+    net.node("Concat", ["even", "odd"], "c", axis=1)
+    net.node("MatMul", ["c", net.rand(8, 3)], "z")
+    gained(net.case("z"))
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_attention_over_tokens_that_are_channels(groups):
+    """Constant channels of a convolution are tokens of an attention: a Softmax over them counts each of them."""
+    net = Net(x=(2, 4, 9))
+    net.node("Conv", ["x", net.rand(4, 4 // groups, 1, dead=(0, 2)), net.rand(4)], "y", group=groups)
+    net.node("MatMul", ["y", net.rand(9, 9)], "qkv0")
+    net.node("Add", ["qkv0", net.rand(9)], "qkv")
+    net.node("Split", ["qkv", np.array([3, 3, 3])], ["q", "k", "v"], axis=2)
+    for name, perm in (("q", [0, 2, 1, 3]), ("k", [0, 2, 3, 1]), ("v", [0, 2, 1, 3])):
+        net.node("Reshape", [name, np.array([-1, 4, 3, 1])], f"{name}h")
+        net.node("Transpose", [f"{name}h"], f"{name}t", perm=perm)
+    net.node("MatMul", ["qt", "kt"], "s")
+    net.node("Softmax", ["s"], "p", axis=-1)
+    net.node("MatMul", ["p", "vt"], "o")
+    net.node("Transpose", ["o"], "ot", perm=[0, 2, 1, 3])
+    net.node("Reshape", ["ot", np.array([-1, 4, 3])], "m")
+    net.node("MatMul", ["m", net.rand(3, 9)], "z")
+    gained(net.case("z"))
+
+
+@pytest.mark.parametrize("dead", [(), (1, 4), range(12)])
+def test_channels_and_columns_merged_by_a_flatten(dead):
+    """A Flatten may merge two axes of which both lose channels."""
+    net = Net(x=(2, 3, 6, 5))
+    net.node("Conv", ["x", net.rand(15, 1, 2, 3, dead=(0, 6, 7, 12)), net.rand(15)], "y", group=3)
+    net.node("MatMul", ["y", net.rand(3, 12, dead=dead, axis=1)], "m")
+    net.node("Flatten", ["m"], "f", axis=1)
+    net.node("Gemm", ["f", net.rand(900, 8), net.rand(8)], "z")
+    gained(net.case("z"))
