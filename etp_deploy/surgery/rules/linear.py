@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 from etp_deploy.surgery.rules.common import attribute, constant_at, input_at, rank
 from etp_deploy.surgery.rules.registry import RefusedError, rule
 from etp_deploy.surgery.statements.base import array_of
-from etp_deploy.surgery.statements.contraction import Contraction, Weight
+from etp_deploy.surgery.statements.contraction import Contraction
 from etp_deploy.surgery.statements.product import Product
+from etp_deploy.surgery.statements.weights import Weight
 
 if TYPE_CHECKING:
     import onnx_ir as ir

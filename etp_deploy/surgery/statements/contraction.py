@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -32,6 +31,7 @@ from etp_deploy.surgery.statements.base import (
     set_plain,
 )
 from etp_deploy.surgery.statements.pointwise import missing_rows
+from etp_deploy.surgery.statements.weights import Weight, take_merged
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -39,25 +39,6 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from etp_deploy.surgery.state import State
-
-
-@dataclass(frozen=True)
-class Weight:
-    """Where a contraction finds its weight and what its axes mean.
-
-    Attributes:
-        index: the weight's input number.
-        out: the axis of output channels.
-        contracted: the axis of input channels (of each group).
-        groups: how many groups there are.
-        transposed: whether the groups lie along the input axis (ConvTranspose) instead of the output axis.
-    """
-
-    index: int
-    out: int
-    contracted: int
-    groups: int = 1
-    transposed: bool = False
 
 
 class Contraction(Statement):
@@ -126,7 +107,9 @@ class Contraction(Statement):
             if source is not None and self._passes(source):
                 out[axis] = structure[source]
         self._axis: Axis = structure[self.data_axis]
-        self._prepare_weight()
+        # a view wherever the layout allows: weights may be memory-mapped
+        self._flat = self.weight.flattened(self._array(), self._axis)
+        self.nonzero = (self._flat != 0).any(axis=3)
         outputs = self.nonzero.shape[0] * self.nonzero.shape[1]
         out[self.out_axis] = labelled(outputs) if outputs > 1 else plain((1,))[0]
         self.active = True
@@ -149,27 +132,6 @@ class Contraction(Statement):
             return 1
         return out_axis
 
-    def _prepare_weight(self) -> None:
-        """Read the weight as (group, output, input position, the rest), with labels flattened."""
-        array = self._array()
-        grouped = self._grouped(array)
-        groups, outputs = grouped.shape[:2]
-        labels = [factor.size.coefficient if factor.labelled else 1 for factor in self._axis]
-        if has_labels(self._axis):
-            sizes = [f.size.static for f in self._axis]
-            if self.weight.groups == 1 and None not in sizes:
-                split = grouped.reshape(groups, outputs, *[s for s in sizes if s is not None], -1)
-                order = [d + 2 for d, f in enumerate(self._axis) if f.labelled]
-                rest = [d + 2 for d, f in enumerate(self._axis) if not f.labelled]
-                grouped = np.transpose(split, [0, 1, *order, *rest, split.ndim - 1])
-                grouped = grouped.reshape(groups, outputs, int(np.prod(labels)), -1)
-            else:
-                grouped = grouped.reshape(groups, outputs, grouped.shape[2], -1)
-        else:
-            grouped = grouped.reshape(groups, outputs, 1, -1)
-        self._flat = grouped  # a view wherever the layout allows: weights may be memory-mapped
-        self.nonzero = (grouped != 0).any(axis=3)
-
     def _sums(self, value: np.ndarray) -> np.ndarray:
         """Return sum_i w[o, i] * value[i] over groups and kernels, as it may be added to the bias."""
         result = np.zeros(self.nonzero.shape[:2])
@@ -184,23 +146,6 @@ class Contraction(Statement):
         array = array_of(self.node.inputs[self.weight.index])
         assert array is not None
         return array
-
-    def _grouped(self, array: np.ndarray) -> np.ndarray:
-        """Bring a weight into (group, output of the group, input of the group, kernel...)."""
-        weight = self.weight
-        if weight.transposed:  # (group * input, output of the group, kernel...)
-            split = array.reshape(weight.groups, array.shape[0] // weight.groups, *array.shape[1:])
-            return np.swapaxes(split, 1, 2)
-        moved = np.moveaxis(array, (weight.out, weight.contracted), (0, 1))
-        return moved.reshape(weight.groups, moved.shape[0] // weight.groups, *moved.shape[1:])
-
-    def _ungrouped(self, grouped: np.ndarray) -> np.ndarray:
-        weight = self.weight
-        if weight.transposed:
-            split = np.swapaxes(grouped, 1, 2)
-            return np.ascontiguousarray(split.reshape(-1, *split.shape[2:]))
-        moved = grouped.reshape(-1, *grouped.shape[2:])
-        return np.ascontiguousarray(np.moveaxis(moved, (0, 1), (weight.out, weight.contracted)))
 
     def _frames(self, structure: Structure, out: Structure) -> None:
         self._data_frame, self._out_frame = frame(structure), frame(out)
@@ -507,12 +452,12 @@ class Contraction(Statement):
         folded = (self.nonzero & outputs[:, :, None] & (gone & (value != 0))[:, None, :]).any()
         if outputs.all() and inputs.all():
             return
-        grouped = self._grouped(self._array())
+        grouped = self.weight.grouped(self._array())
         if folded and self.bordered:
             grouped = self._with_carrier(grouped, gone, known & inputs, value)
         order = state.layouts[self.out]
         channels = self._out_channels(order)
-        yield SetInput(self.weight.index, self._ungrouped(self._cut(state, grouped, channels)))
+        yield SetInput(self.weight.index, self.weight.ungrouped(self._cut(state, grouped, channels)))
         yield from self._bias_edits(channels, gone, value, folded and not self.bordered)
         groups = len(self._group_order(state))
         if self.weight.groups > 1 and groups != self.weight.groups:
@@ -551,22 +496,9 @@ class Contraction(Statement):
         columns = self._input_order(state)
         if self.weight.groups == 1:
             taken = np.take(grouped[0], rows[0], axis=0) if len(rows[0]) < grouped.shape[1] else grouped[0]
-            return self._cut_merged(taken, columns)[None]
+            return take_merged(taken, self._axis, columns)[None]
         inner = (columns % per_input).reshape(len(order), -1)
         return np.asarray(grouped[order[:, None, None], rows[:, :, None], inner[:, None, :]])
-
-    def _cut_merged(self, weight: np.ndarray, columns: np.ndarray) -> np.ndarray:
-        """Take input channels from an axis that may be a product (channels times space after a Flatten)."""
-        if len(self._axis) == 1:
-            return np.take(weight, columns, axis=1)
-        sizes = [factor.size.coefficient for factor in self._axis]
-        labels = [size for size, factor in zip(sizes, self._axis, strict=True) if factor.labelled]
-        if len(labels) > 1:
-            raise ConflictError([self.data])
-        position = next(i for i, factor in enumerate(self._axis) if factor.labelled)
-        split = weight.reshape(weight.shape[0], *sizes, *weight.shape[2:])
-        taken = np.take(split, columns, axis=position + 1)
-        return taken.reshape(weight.shape[0], -1, *weight.shape[2:])
 
     def _bias_edits(
         self, channels: np.ndarray, gone: np.ndarray, value: np.ndarray, folded: bool

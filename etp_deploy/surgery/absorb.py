@@ -1,0 +1,104 @@
+"""Bring equivalent ways of writing a layer into the one that the rules read: padding and initial states."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import onnx_ir as ir
+
+from etp_deploy.surgery.shapes import is_parameter
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+def absorb_padding(graph: ir.Graph) -> bool:
+    """Move Pads by zeros into the convolutions that read them, as ONNX Runtime does itself; say if any was."""
+    absorbed = False
+    for node in list(graph):
+        padding = _spatial_zeros(node)
+        users = [user for user, _ in node.outputs[0].uses()]
+        if padding is None or not users or node.outputs[0].is_graph_output():
+            continue
+        if any(not _takes_padding(user, node.outputs[0]) for user in users):
+            continue
+        for user in users:
+            own = user.attributes.get_ints("pads") or [0] * len(padding)
+            total = tuple(a + b for a, b in zip(own, padding, strict=True))
+            user.attributes["pads"] = ir.AttrInt64s("pads", total)
+            user.replace_input_with(0, node.inputs[0])
+        absorbed = True
+    return absorbed
+
+
+_STATES = {"LSTM": (5, 6), "GRU": (5,), "RNN": (5,)}
+
+
+def omit_zero_states(graph: ir.Graph) -> bool:
+    """Leave out initial states that are computed as zeros, which is what an omitted one is; say if any was."""
+    omitted = False
+    for node in graph:
+        for index in _STATES.get(node.op_type, ()):
+            value = node.inputs[index] if index < len(node.inputs) else None
+            if value is not None and not is_parameter(value) and _is_zero(value):
+                node.replace_input_with(index, None)
+                omitted = True
+    return omitted
+
+
+def _is_zero(value: ir.Value | None) -> bool:
+    """Return whether a tensor is zero throughout, however large."""
+    if value is None:
+        return False
+    if is_parameter(value):
+        return value.const_value is not None and not value.const_value.numpy().any()
+    node = value.producer()
+    if node is None:
+        return False
+    if node.op_type in {
+        "Expand",
+        "Unsqueeze",
+        "Squeeze",
+        "Reshape",
+        "Transpose",
+        "Tile",
+        "Identity",
+        "Slice",
+        "Cast",
+    }:
+        return _is_zero(node.inputs[0])
+    filled = node.attributes.get("value")
+    return node.op_type == "ConstantOfShape" and (filled is None or not filled.as_tensor().numpy().any())
+
+
+def _takes_padding(node: ir.Node, value: ir.Value) -> bool:
+    automatic = node.attributes.get_string("auto_pad", "NOTSET") not in {"NOTSET", ""}
+    return node.op_type == "Conv" and node.domain == "" and node.inputs[0] is value and not automatic
+
+
+def _spatial_zeros(node: ir.Node) -> list[int] | None:
+    """Return a Pad's spatial pads in Conv's order, if it pads space alone, by zeros and by a constant amount."""
+    if (
+        node.op_type != "Pad"
+        or node.domain != ""
+        or node.attributes.get_string("mode", "constant") != "constant"
+    ):
+        return None
+    pads = _parameter(node.inputs[1]) if len(node.inputs) > 1 else None
+    if pads is None or (len(node.inputs) > 3 and node.inputs[3] is not None):
+        return None
+    if len(node.inputs) > 2 and node.inputs[2] is not None:
+        value = _parameter(node.inputs[2])
+        if value is None or (value.size and value.reshape(-1)[0] != 0):
+            return None
+    rank = len(pads) // 2
+    begin, end = [int(pad) for pad in pads[:rank]], [int(pad) for pad in pads[rank:]]
+    if rank < 3 or any(begin[:2]) or any(end[:2]) or min(begin + end) < 0:
+        return None
+    return begin[2:] + end[2:]
+
+
+def _parameter(value: ir.Value | None) -> np.ndarray | None:
+    if value is None or not is_parameter(value) or value.const_value is None:
+        return None
+    return value.const_value.numpy()

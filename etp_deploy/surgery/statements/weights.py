@@ -1,0 +1,82 @@
+"""The weight of a contraction, whatever the operator's order of axes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from etp_deploy.surgery.shapes import Axis, has_labels
+
+
+@dataclass(frozen=True)
+class Weight:
+    """Where a contraction finds its weight and what its axes mean.
+
+    Attributes:
+        index: the weight's input number.
+        out: the axis of output channels.
+        contracted: the axis of input channels (of each group).
+        groups: how many groups there are.
+        transposed: whether the groups lie along the input axis (ConvTranspose) instead of the output axis.
+    """
+
+    index: int
+    out: int
+    contracted: int
+    groups: int = 1
+    transposed: bool = False
+
+    def grouped(self, array: np.ndarray) -> np.ndarray:
+        """Bring a weight into (group, output of the group, input of the group, kernel...)."""
+        if self.transposed:  # (group * input, output of the group, kernel...)
+            split = array.reshape(self.groups, array.shape[0] // self.groups, *array.shape[1:])
+            return np.swapaxes(split, 1, 2)
+        moved = np.moveaxis(array, (self.out, self.contracted), (0, 1))
+        return moved.reshape(self.groups, moved.shape[0] // self.groups, *moved.shape[1:])
+
+    def ungrouped(self, grouped: np.ndarray) -> np.ndarray:
+        """Bring it back into the operator's order."""
+        if self.transposed:
+            split = np.swapaxes(grouped, 1, 2)
+            return np.ascontiguousarray(split.reshape(-1, *split.shape[2:]))
+        moved = grouped.reshape(-1, *grouped.shape[2:])
+        return np.ascontiguousarray(np.moveaxis(moved, (0, 1), (self.out, self.contracted)))
+
+    def flattened(self, array: np.ndarray, axis: Axis) -> np.ndarray:
+        """Return a weight as (group, output, labelled input position, all the rest).
+
+        Args:
+            array: the weight.
+            axis: the contracted axis of the data; its unlabelled factors (space after a Flatten) go to the rest.
+        """
+        grouped = self.grouped(array)
+        groups, outputs = grouped.shape[:2]
+        sizes = [factor.size.static for factor in axis]
+        known = [size for size in sizes if size is not None]
+        if not has_labels(axis):
+            return grouped.reshape(groups, outputs, 1, -1)
+        if self.groups > 1 or len(known) < len(sizes):
+            return grouped.reshape(groups, outputs, grouped.shape[2], -1)
+        split = grouped.reshape(groups, outputs, *known, -1)
+        order = [place + 2 for place, factor in enumerate(axis) if factor.labelled]
+        rest = [place + 2 for place, factor in enumerate(axis) if not factor.labelled]
+        labels = int(np.prod([factor.size.coefficient for factor in axis if factor.labelled]))
+        return np.transpose(split, [0, 1, *order, *rest, split.ndim - 1]).reshape(groups, outputs, labels, -1)
+
+
+def take_merged(weight: np.ndarray, axis: Axis, columns: np.ndarray) -> np.ndarray:
+    """Take input channels of (output, input, kernel...) where the input axis may be a product with space.
+
+    Args:
+        weight: the weight of one group.
+        axis: the contracted axis of the data, with one labelled factor.
+        columns: the labelled positions to take, in order.
+    """
+    if len(axis) == 1:
+        return np.take(weight, columns, axis=1)
+    sizes = [factor.size.coefficient for factor in axis]
+    position = next(place for place, factor in enumerate(axis) if factor.labelled)
+    split = weight.reshape(weight.shape[0], *sizes, *weight.shape[2:])
+    taken = np.take(split, columns, axis=position + 1)
+    return taken.reshape(weight.shape[0], -1, *weight.shape[2:])
