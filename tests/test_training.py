@@ -247,10 +247,8 @@ def test_heads_are_whole(model, kept_dim):
     assert output[:, :kept_dim].all()
     assert output[:, 2 * kept_dim :].all()
     packed = model.in_proj_weight if isinstance(model, nn.MultiheadAttention) else model.qkv.weight
-    if packed is None:
-        projections = [model.q_proj_weight, model.k_proj_weight, model.v_proj_weight]
-    else:
-        projections = packed.chunk(3)
+    separate = [model.q_proj_weight, model.k_proj_weight, model.v_proj_weight] if packed is None else None
+    projections = separate or packed.chunk(3)
     for weight in projections:
         assert not weight[rows].any()
         assert weight[:kept_dim].all()
