@@ -322,6 +322,7 @@ def _raw_session(sample: SessionSample) -> dict[str, Any]:
         "first_run_ns": sample.first,
         "wall_ns": list(sample.wall),
         "cpu_ns": list(sample.cpu),
+        "cpu_runs": sample.cpu_runs,
     }
 
 

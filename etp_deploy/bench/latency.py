@@ -43,6 +43,9 @@ if TYPE_CHECKING:
 
 BLOCK_SECONDS = 0.008
 BLOCK_RUNS = (1, 400)
+# The processor's clock is a system call, which leaves a visible mark on a call of microseconds: it is read once
+# for as many runs as take this long together.
+CPU_CLOCK_SECONDS = 0.0005
 ROUND_SECONDS = 0.5
 PASSES = (2, 6)
 WARM_UP_RUNS = (3, 30)
@@ -70,10 +73,11 @@ class SessionSample:
 
     Args:
         wall: wall-clock time of each run, block by block, two blocks to a pass.
-        cpu: processor time of the calling thread for each run.
+        cpu: processor time of a run by the calling thread's clock, one value for every `cpu_runs` runs.
         passes: how many passes there were.
         creation: wall-clock time to create the session.
         first: wall-clock time of the first run.
+        cpu_runs: over how many runs each value of `cpu` is the mean; more than one where runs are short.
     """
 
     wall: tuple[int, ...]
@@ -81,6 +85,7 @@ class SessionSample:
     passes: int
     creation: int
     first: int
+    cpu_runs: int = 1
 
     def levels(self, clock: str) -> tuple[float, ...]:
         """Log of the typical time in each pass: the mean over its two blocks of the log median."""
@@ -174,6 +179,7 @@ class _Runner:
         self.wall: list[int] = []
         self.cpu: list[int] = []
         self.runs = 0
+        self.cpu_runs = 1
         self.seconds = 0.0
 
     def warm_up(self) -> None:
@@ -182,25 +188,34 @@ class _Runner:
         times: list[int] = []
         begin = time.perf_counter()
         while len(times) < most and (len(times) < least or time.perf_counter() - begin < WARM_UP_SECONDS):
-            times += time_runs(self.call, 3)[0]
+            times += time_runs(self.call, 3, cpu_runs=3)[0]
             if len(times) >= 6:
                 before, now = statistics.mean(times[-6:-3]), statistics.mean(times[-3:])
                 if abs(now - before) <= STEADY_WITHIN * before:
                     break
         fewest, largest = BLOCK_RUNS
         typical = max(statistics.median(times[-3:]), 1) / 1e9
-        self.runs = min(max(round(BLOCK_SECONDS / typical), fewest), largest)
+        runs = min(max(round(BLOCK_SECONDS / typical), fewest), largest)
+        self.cpu_runs = runs_on_cpu_clock(typical, runs)
+        self.runs = runs - runs % self.cpu_runs
         self.seconds = self.runs * typical
 
     def block(self) -> None:
         """Time one block of runs."""
-        wall, cpu = time_runs(self.call, self.runs)
+        wall, cpu = time_runs(self.call, self.runs, cpu_runs=self.cpu_runs)
         self.wall += wall
         self.cpu += cpu
 
     def sample(self, passes: int) -> SessionSample:
         """What was measured, immutable."""
-        return SessionSample(tuple(self.wall), tuple(self.cpu), passes, self.creation, self.first)
+        return SessionSample(
+            wall=tuple(self.wall),
+            cpu=tuple(self.cpu),
+            passes=passes,
+            creation=self.creation,
+            first=self.first,
+            cpu_runs=self.cpu_runs,
+        )
 
 
 def race(
@@ -277,19 +292,28 @@ def _round(entrants: Sequence[Entrant], setting: Setting, *, backwards: bool) ->
     return Round(samples, control)
 
 
-def time_runs(call: Callable[[], object], count: int) -> tuple[list[int], list[int]]:
-    """Time each of so many calls: nanoseconds on the wall, and of the calling thread's processor.
+def runs_on_cpu_clock(typical: float, most: int) -> int:
+    """Over how many runs of so many seconds the processor's clock is read once: at least one, at most all."""
+    return min(max(round(CPU_CLOCK_SECONDS / typical), 1), most)
 
-    The wall clock is read innermost, so that reading the other, a system call, does not lengthen it.
+
+def time_runs(call: Callable[[], object], count: int, *, cpu_runs: int = 1) -> tuple[list[int], list[int]]:
+    """Time so many calls: nanoseconds of each on the wall, and of the calling thread's processor.
+
+    The wall clock is read innermost and the other outside, so that it lengthens no call.
+
+    Args:
+        call: what to time.
+        count: how often, a multiple of `cpu_runs`.
+        cpu_runs: the processor time is the mean over this many calls.
     """
     wall, cpu = [], []
     wall_clock, cpu_clock = time.perf_counter_ns, time.thread_time_ns
-    for _ in range(count):
+    for _ in range(count // cpu_runs):
         cpu_start = cpu_clock()
-        start = wall_clock()
-        call()
-        end = wall_clock()
-        cpu_end = cpu_clock()
-        wall.append(end - start)
-        cpu.append(cpu_end - cpu_start)
+        for _ in range(cpu_runs):
+            start = wall_clock()
+            call()
+            wall.append(wall_clock() - start)
+        cpu.append((cpu_clock() - cpu_start) // cpu_runs)
     return wall, cpu

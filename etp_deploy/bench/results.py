@@ -159,7 +159,8 @@ class RawSessions:
         model: the model's name.
         cell: the setting.
         role: "model" or "control", the baseline's second session.
-        sessions: each with `wall_ns`, `cpu_ns`, `creation_ns` and `first_run_ns`.
+        sessions: each with `wall_ns` of every run, `cpu_ns` of every `cpu_runs` runs (their mean),
+            `creation_ns` and `first_run_ns`.
     """
 
     model: str

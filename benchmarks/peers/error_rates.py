@@ -5,7 +5,7 @@ mean that onnxruntime_perf_test prints (one session for A, then one for B; a dif
 test says so at 95 %, or when the means differ by more than 2 %) and by our interleaved sessions. Trials are
 kept in the result file as they finish: stopped, the command goes on where it was.
 
-    python benchmarks/bench_error_rates.py -o benchmarks/results/error_rates.json
+    python benchmarks/peers/error_rates.py [-o benchmarks/results/error_rates.json]
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ from etp_deploy.bench.statistics import t_quantile
 from etp_deploy.files import write_text
 from etp_deploy.inputs import draw_inputs, input_specs
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 from pairs import equal_layers
 
+RESULTS = Path(__file__).parent.parent / "results" / "error_rates.json"
 SEQUENTIAL_SECONDS = 0.5
 LEAST_DIFFERENCE = 0.02
 ALLOWED_FALSE = 0.05
@@ -117,7 +118,7 @@ def passed(summary: dict[str, Any]) -> bool:
 def main() -> int:
     """Run the trials that are missing and print the rates."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("-o", "--output", type=Path, default=Path("benchmarks/results/error_rates.json"))
+    parser.add_argument("-o", "--output", type=Path, default=RESULTS)
     parser.add_argument("--trials", type=int, default=200, help="of each kind")
     parser.add_argument("--sessions", type=int, default=10, help="most sessions of ours in a trial")
     options = parser.parse_args()
