@@ -101,7 +101,7 @@ def pooling(b: Builder) -> bool:
     )
     if operator.startswith("Global"):
         return b.add(b.emit(operator, [x]))
-    kernel = [b.choose.integer(1, 3) for _ in range(spatial)]
+    kernel = [b.choose.integer(1, min(3, side)) for side in b.shape(x)[2:]]
     attributes: dict[str, object] = {"kernel_shape": kernel, "strides": [b.choose.integer(1, 2)] * spatial}
     if b.choose.chance(0.5):
         attributes["pads"] = [min(k - 1, b.choose.integer(0, 1)) for k in kernel] * 2
