@@ -31,6 +31,42 @@ _SHAPE_INPUT = {"Reshape": 1, "Expand": 1, "ConstantOfShape": 0, "Resize": 3}
 _ALLOWZERO_OPSET = 14
 # from here on an initializer among the inputs is a default that a caller may override
 OVERRIDABLE_IR_VERSION = 4
+# operators on integers whose result is no larger than their inputs together
+_FOLDED = frozenset(
+    [
+        "Add",
+        "Sub",
+        "Mul",
+        "Neg",
+        "Abs",
+        "Min",
+        "Max",
+        "Concat",
+        "Gather",
+        "Slice",
+        "Squeeze",
+        "Unsqueeze",
+        "Cast",
+        "Reshape",
+        "Transpose",
+        "Where",
+        "Equal",
+        "Not",
+        "And",
+        "Or",
+        "Less",
+        "Greater",
+        "LessOrEqual",
+        "GreaterOrEqual",
+        "ReduceProd",
+        "ReduceSum",
+        "ReduceMax",
+        "ReduceMin",
+        "Identity",
+        "Shape",
+        "Size",
+    ]
+)
 _RESOLVED = "etp_deploy.resolved"
 # what of these was built already, kept in the graph's own scratch space while it is prepared
 _SIZES, _TARGETS = "etp_deploy.sizes", "etp_deploy.targets"
@@ -175,6 +211,15 @@ def _fold_integers(graph: ir.Graph) -> bool:
             value.replace_all_uses_with(constant(graph, result, f"{value.name}_folded"))
             folded = True
     return folded
+
+
+def _harmless(node: ir.Node, arrays: list[np.ndarray]) -> bool:
+    """Return whether a node can be evaluated here: no division that traps, no result that a hostile model makes huge."""
+    if node.op_type in {"Div", "Mod"}:
+        return not np.isin(arrays[1], (0, -1)).any()
+    if node.op_type == "ConstantOfShape":
+        return bool((arrays[0] >= 0).all() and (arrays[0] <= _LARGEST_SHAPE).all() and arrays[0].size <= 2)
+    return node.op_type in _FOLDED
 
 
 def _small_constant(value: ir.Value | None) -> np.ndarray | None:
