@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
-from onnx_shape_inference import SYM_DATA_KEY, infer_symbolic_shapes
+from onnx_shape_inference import SYM_DATA_KEY, ShapeInferenceError, infer_symbolic_shapes
 
+from etp_deploy.errors import ModelError
 from etp_deploy.surgery.absorb import absorb_padding, omit_zero_states
 from etp_deploy.surgery.evaluate import evaluate
 from etp_deploy.surgery.shapes import Size, is_parameter
@@ -33,39 +34,35 @@ _ALLOWZERO_OPSET = 14
 OVERRIDABLE_IR_VERSION = 4
 # operators on integers whose result is no larger than their inputs together
 _FOLDED = frozenset(
-    [
-        "Add",
-        "Sub",
-        "Mul",
-        "Neg",
-        "Abs",
-        "Min",
-        "Max",
-        "Concat",
-        "Gather",
-        "Slice",
-        "Squeeze",
-        "Unsqueeze",
-        "Cast",
-        "Reshape",
-        "Transpose",
-        "Where",
-        "Equal",
-        "Not",
-        "And",
-        "Or",
-        "Less",
-        "Greater",
-        "LessOrEqual",
-        "GreaterOrEqual",
-        "ReduceProd",
-        "ReduceSum",
-        "ReduceMax",
-        "ReduceMin",
-        "Identity",
-        "Shape",
-        "Size",
-    ]
+    (
+        *(
+            "Abs",
+            "Add",
+            "And",
+            "Cast",
+            "Concat",
+            "Equal",
+            "Gather",
+            "Greater",
+            "GreaterOrEqual",
+            "Identity",
+            "Less",
+        ),
+        *(
+            "LessOrEqual",
+            "Max",
+            "Min",
+            "Mul",
+            "Neg",
+            "Not",
+            "Or",
+            "ReduceMax",
+            "ReduceMin",
+            "ReduceProd",
+            "ReduceSum",
+        ),
+        *("Reshape", "Shape", "Size", "Slice", "Squeeze", "Sub", "Transpose", "Unsqueeze", "Where"),
+    )
 )
 _RESOLVED = "etp_deploy.resolved"
 # what of these was built already, kept in the graph's own scratch space while it is prepared
@@ -101,13 +98,21 @@ def prepare(model: ir.Model) -> ir.Model:
 
 
 def infer_shapes(model: ir.Model) -> None:
-    """Infer all shapes in place, symbolic where dynamic."""
+    """Infer all shapes in place, symbolic where dynamic.
+
+    Raises:
+        ModelError: where shapes contradict each other.
+    """
     logger = logging.getLogger("onnx_shape_inference")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
         # names that outputs declare for sizes tell nothing that removing channels needs, and cost most of the time
         infer_symbolic_shapes(model, warn_on_missing=False, adopt_declared_symbols=False)
+    except ShapeInferenceError as error:
+        raise ModelError(
+            f"its shapes contradict each other: {str(error).splitlines()[0]}", hint="check the model"
+        ) from error
     finally:
         logger.setLevel(level)
 
@@ -199,14 +204,12 @@ def _fold_integers(graph: ir.Graph) -> bool:
         if len(node.outputs) != 1 or value.dtype not in {ir.DataType.INT64, ir.DataType.BOOL}:
             continue
         arrays = [_small_constant(item) for item in node.inputs]
-        if (
-            not arrays
-            or any(array is None for array in arrays)
-            or value.is_graph_output()
-            or not value.uses()
-        ):
+        known = [array for array in arrays if array is not None]
+        if not known or len(known) < len(arrays) or value.is_graph_output() or not value.uses():
             continue
-        result = evaluate(node, [array for array in arrays if array is not None])
+        if not _harmless(node, known):
+            continue
+        result = evaluate(node, known)
         if result is not None and result.size <= _LARGEST_SHAPE:
             value.replace_all_uses_with(constant(graph, result, f"{value.name}_folded"))
             folded = True
@@ -214,7 +217,7 @@ def _fold_integers(graph: ir.Graph) -> bool:
 
 
 def _harmless(node: ir.Node, arrays: list[np.ndarray]) -> bool:
-    """Return whether a node can be evaluated here: no division that traps, no result that a hostile model makes huge."""
+    """Return whether a node can be evaluated here: no division that traps, no result of any size."""
     if node.op_type in {"Div", "Mod"}:
         return not np.isin(arrays[1], (0, -1)).any()
     if node.op_type == "ConstantOfShape":

@@ -12,6 +12,7 @@ import numpy as np
 from etp_deploy.surgery.shapes import (
     ONE,
     Axis,
+    Factor,
     Structure,
     axis_size,
     frame,
@@ -107,11 +108,17 @@ class Product(Statement):
         return unlabelled(live[0][2])
 
     def _adapted(self, structure: Structure, role: tuple[int, ...]) -> Structure:
-        """Give an operand the common structure where it has the axis at full size."""
-        return tuple(
-            self.common[common] if axis_size(axis) == axis_size(self.common[common]) else axis
-            for axis, common in zip(structure, role, strict=True)
-        )
+        """Give an operand the common structure where it has the axis at full size, factor by factor."""
+        adapted: list[Axis] = []
+        for axis, place in zip(structure, role, strict=True):
+            common = self.common[place]
+            if axis_size(axis) != axis_size(common):
+                adapted.append(axis)
+            elif len(axis) == len(common):
+                adapted.append(common)
+            else:
+                adapted.append(tuple(Factor(factor.size) for factor in axis))
+        return tuple(adapted)
 
     # frames
 
