@@ -270,13 +270,14 @@ def reduced(case: Case, fails: Callable[[Case], bool], budget: int = 400) -> Cas
             budget -= 1
             if budget <= 0:
                 break
-            if _valid(candidate) and fails(candidate):
+            if runs(candidate) and fails(candidate):
                 case, changed = candidate, True
                 break
     return case
 
 
-def _valid(case: Case) -> bool:
+def runs(case: Case) -> bool:
+    """Return whether ONNX Runtime runs a case."""
     try:
         run(case.model, case.feeds)
     except Exception:  # noqa: BLE001 - the runtime's refusal is the answer

@@ -209,7 +209,6 @@ def test_channels_and_columns_merged_by_a_flatten(dead):
     gained(net.case("z"))
 
 
-@pytest.mark.xfail(reason="frames of a product of factors and of a whole axis differ", strict=True)
 def test_a_softmax_over_a_merged_axis():
     """An axis of which a part holds channels meets one of which nothing can be removed."""
     net = Net(x=(2, 3, 6, 5))
@@ -257,7 +256,6 @@ def test_a_chain_whose_last_weight_is_zero():
     assert weight_elements(shrunk(case.model)) == 6 + 1 + 8
 
 
-@pytest.mark.xfail(reason="an error of the inference library gets out", strict=True)
 def test_a_window_larger_than_its_axis():
     """ONNX Runtime and shape inference disagree on such a pooling; what is raised, if anything, is ours."""
     net = Net(x=(2, 1, 7, 1))
