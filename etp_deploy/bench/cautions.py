@@ -22,6 +22,7 @@ HINTS = {
     "inputs_differ": "the models take different inputs, so their outputs could not be compared",
     "outputs_differ": "a faster model that computes something else is no comparison: verify first",
     "no_contest": "outputs could not be compared",
+    "dead_unknown": "the measurements hold; etp-deploy inspect MODEL says more",
     "low_memory": "close other programs: the models are all loaded at the same time",
     "partial_provider": "nodes that the provider does not take run on the CPU, with copies in between",
     "static_batch": "the model fixes its batch size: export it with a dynamic one",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from etp_deploy import html, plots
+from etp_deploy.bench.dead import strips
 from etp_deploy.bench.text import (
     COLUMNS,
     bytes_text,
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 BADGES = {"faster": "good", "slower": "bad", "undecided": "open"}
 LARGEST_KERNELS = 8
 LARGEST_NODES = 20
+LARGEST_MAP = 48
 _CLOCKS = {"cpu": "processor time of the only thread", "wall": "wall time"}
 
 
@@ -34,7 +36,7 @@ def bench_page(document: Mapping[str, Any], *, title: str = "Benchmark") -> Html
         parts += [_latency(document, where), _memory(document, where)]
         parts += [_operators(c) for c in document["comparisons"] if setting(c) == where]
         parts += [_nodes(document, where), *_layout(document, where)]
-    parts.append(_environment(document))
+    parts += [*_dead(document), _environment(document)]
     lean = {key: value for key, value in document.items() if key != "samples"}
     return html.page(
         title, parts, subtitle=f"{document['created']}, {document['environment']['cpu']}", data=lean
@@ -260,6 +262,52 @@ def _layout(document: Mapping[str, Any], where: str) -> list[Html]:
             note="convolutions that ONNX Runtime's fastest CPU kernels could not take",
         )
     ]
+
+
+def _dead(document: Mapping[str, Any]) -> list[Html]:
+    """What dead channels hold and cost, and where a contender is the baseline without them, both side by side."""
+    analysed = [(model["name"], model["dead"]) for model in document["models"] if model.get("dead")]
+    if not any(found["removable"] for _, found in analysed):
+        return []
+    cells = [
+        (
+            name,
+            setting(cost),
+            f"{found['dead']} of {found['channels']}",
+            str(found["removable"]),
+            f"{found['weights_share']:.0%}",
+            "-" if found["macs_share"] is None else f"{found['macs_share']:.0%}",
+            milliseconds_text(cost["us"] / 1e3),
+            f"{cost['time_share']:.0%}",
+        )
+        for name, found in analysed
+        for cost in found["time"]
+    ]
+    headers = ("model", "setting", "dead", "could go", "weights", "MACs", "ms a run", "of the time")
+    about = "weights, MACs and time of what could go; time by estimate: each node's, by the share of its work"
+    parts = [html.table(headers, cells, text_columns=(0, 1), caption=about)]
+    pairs = dict.fromkeys((c["baseline"], c["contender"]) for c in document["comparisons"])
+    mapped = {pair: rows for pair in pairs if (rows := strips(document, *pair))}
+    for (baseline, contender), rows in mapped.items():
+        parts += [html.heading(f"{baseline} and {contender}"), _channel_map(rows)]
+    shown = {baseline for baseline, _ in mapped}
+    for name, found in analysed:
+        rows = [
+            (row["tensor"], [letter == "1" for letter in row["kept"]])
+            for row in found["layers"]
+            if row["removable"] and row["kept"]
+        ]
+        if name not in shown and rows:
+            parts += [html.heading(name), _channel_map(rows)]
+    return [html.section("Dead channels", *parts)]
+
+
+def _channel_map(rows: Sequence[tuple[str, Sequence[bool]]]) -> Html:
+    about = "channels of each layer, those that could go faint"
+    rest = len(rows) - LARGEST_MAP
+    if rest > 0:
+        about += f"; {rest} more are in the data that this page carries"
+    return plots.channel_map(rows[:LARGEST_MAP], caption=about)
 
 
 def _environment(document: Mapping[str, Any]) -> Html:

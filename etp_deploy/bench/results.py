@@ -191,6 +191,7 @@ class BenchmarkResult:
         comparisons: one for each contender and cell.
         warnings: every reason for doubt.
         samples: the raw times.
+        dead: what is dead in each model and what it costs, by the model's name, see `etp_deploy.bench.dead`.
     """
 
     created: str
@@ -201,6 +202,7 @@ class BenchmarkResult:
     comparisons: tuple[Comparison, ...]
     warnings: tuple[Caution, ...]
     samples: tuple[RawSessions, ...]
+    dead: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Give the whole document as plain JSON values, schema `etp-deploy/bench/1`."""
@@ -212,6 +214,7 @@ class BenchmarkResult:
             "models": [
                 {
                     **dataclasses.asdict(facts),
+                    "dead": self.dead.get(facts.name),
                     "measurements": [m.to_json() for m in self.measurements if m.model == facts.name],
                 }
                 for facts in self.models

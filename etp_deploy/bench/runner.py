@@ -5,10 +5,10 @@ from __future__ import annotations
 import datetime as dt
 import itertools
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from etp_deploy.bench import environment
-from etp_deploy.bench.cautions import distinct
+from etp_deploy.bench import dead, environment
+from etp_deploy.bench.cautions import Caution, distinct
 from etp_deploy.bench.cells import Plan, measure_cell
 from etp_deploy.bench.facts import names, read_facts
 from etp_deploy.bench.latency import Limits
@@ -40,6 +40,7 @@ def benchmark(
     seed: int = 0,
     memory: bool = True,
     memory_repeats: int = REPEATS,
+    dead_channels: bool = True,
     progress: Callable[[str, float], None] | None = None,
 ) -> BenchmarkResult:
     """Measure latency and memory of models, the first being the baseline that the others are compared with.
@@ -57,6 +58,7 @@ def benchmark(
         seed: for drawn inputs.
         memory: whether to measure resident memory in isolated processes.
         memory_repeats: how many processes for each model and setting.
+        dead_channels: whether to find out what each model's dead channels cost.
         progress: called with what is being done and the share of all work that is done.
 
     Raises:
@@ -80,6 +82,8 @@ def benchmark(
     cells = _cells(providers, threads, batch)
     before = environment.describe()
     done = [measure_cell(plan, cell, at / len(cells), 1 / len(cells)) for at, cell in enumerate(cells)]
+    analyses, about_dead = _analyse(plan) if dead_channels else ({}, [])
+    measurements = tuple(m for cell in done for m in cell.measurements)
     plan.tell("done", 1.0)
     machine = [c for cell in cells for c in environment.cautions(cell.threads, before["load"])]
     return BenchmarkResult(
@@ -96,11 +100,28 @@ def benchmark(
         },
         environment=before,
         models=plan.facts,
-        measurements=tuple(m for cell in done for m in cell.measurements),
+        measurements=measurements,
         comparisons=tuple(c for cell in done for c in cell.comparisons),
-        warnings=distinct([*machine, *(c for cell in done for c in cell.cautions)]),
+        warnings=distinct([*machine, *(c for cell in done for c in cell.cautions), *about_dead]),
         samples=tuple(s for cell in done for s in cell.samples),
+        dead={
+            name: dead.to_json(found, [m for m in measurements if m.model == name])
+            for name, found in analyses.items()
+        },
     )
+
+
+def _analyse(plan: Plan) -> tuple[dict[str, dict[str, Any]], list[Caution]]:
+    """What is dead in each model, a file that comes twice analysed once."""
+    by_hash: dict[str, dict[str, Any] | None] = {}
+    cautions: list[Caution] = []
+    for path, facts in zip(plan.paths, plan.facts, strict=True):
+        if facts.sha256 not in by_hash:
+            plan.tell(f"dead channels of {facts.name}", 1.0)
+            by_hash[facts.sha256], seen = dead.find(path, facts.name)
+            cautions += seen
+    known = ((facts.name, by_hash[facts.sha256]) for facts in plan.facts)
+    return {name: found for name, found in known if found is not None}, cautions
 
 
 def _limits(sessions: int, max_seconds: float) -> Limits:

@@ -107,11 +107,32 @@ def caption(document: Mapping[str, Any]) -> str:
     return "; ".join(parts)
 
 
+def dead_lines(document: Mapping[str, Any]) -> list[str]:
+    """Say of each model what its dead channels hold and, by estimate, cost; nothing of those that have none."""
+    lines = []
+    for model in document["models"]:
+        found = model.get("dead")
+        if not found or not found["removable"]:
+            continue
+        work = "" if found["macs_share"] is None else f" and {found['macs_share']:.0%} of the MACs"
+        times = [
+            f"about {milliseconds_text(cost['us'] / 1e3)} ms a run ({cost['time_share']:.0%}, {setting(cost)})"
+            for cost in found["time"]
+        ]
+        lines.append(
+            f"dead in {model['name']}: {found['removable']} of {found['channels']} channels, heads and neurons, "
+            f"with {found['weights_share']:.0%} of the weights{work}; {', '.join(times)}; "
+            "etp-deploy compress takes them out"
+        )
+    return lines
+
+
 def markdown(document: Mapping[str, Any]) -> str:
     """Render a Markdown table with the warnings below."""
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
     lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows(document)]
     lines += ["", caption(document) + "."]
+    lines += [f"- {line}" for line in dead_lines(document)]
     lines += [f"- **{w['name']}**: {w['message']} ({w['hint']})" for w in document["warnings"]]
     return "\n".join(lines) + "\n"
 

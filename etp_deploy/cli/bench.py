@@ -68,7 +68,7 @@ def bench(
         gate = evaluate_gate(document, saved, rules, allow_other_environment=bool(options["any_environment"]))
         document["gate"] = gate.to_json()
     _write(document, files)
-    _show(result, gate, as_json=as_json)
+    _show(result, document, gate, as_json=as_json)
     if as_json:
         emit(document)
     return gate.exit_code if gate else 0
@@ -143,13 +143,17 @@ def _write(document: dict[str, Any], files: dict[str, Path]) -> None:
         write_text(path, made[kind]())
 
 
-def _show(result: BenchmarkResult, gate: GateOutcome | None, *, as_json: bool) -> None:
+def _show(
+    result: BenchmarkResult, document: dict[str, Any], gate: GateOutcome | None, *, as_json: bool
+) -> None:
     from rich.text import Text  # noqa: PLC0415 - slow
+
+    from etp_deploy.bench.text import dead_lines  # noqa: PLC0415
 
     warnings: dict[str, Text] = {}
     for warning in result.warnings:
         line = Text.assemble(("doubt ", "yellow"), f"{warning.name}: {warning.message} ({warning.hint})")
         warnings.setdefault(warning.name, line)
-    show(result.table(), *warnings.values(), as_json=as_json)
+    show(result.table(), *dead_lines(document), *warnings.values(), as_json=as_json)
     if gate is not None:
         show(*(str(finding) for finding in gate.findings), gate.message, as_json=as_json)
