@@ -16,11 +16,12 @@ from etp_deploy.bench.cautions import HINTS, Caution
 from etp_deploy.bench.fleet import compare_reports
 from etp_deploy.bench.gate import evaluate_gate, parse_rule
 from etp_deploy.bench.kernels import by_kernel, layout, macs
+from etp_deploy.bench.memory import phases
 from etp_deploy.bench.page import bench_page
 from etp_deploy.bench.text import bytes_text, csv_text, markdown, table
 from etp_deploy.errors import BenchmarkError, UsageError
 
-PHASES = ("idle", "load_peak", "loaded", "run_peak", "steady", "peak")
+PHASES = ("idle", "load_peak", "loaded", "first_run", "run_peak", "steady", "peak")
 CELL = {"provider": "cpu", "threads": 1, "batch": None}
 
 
@@ -185,6 +186,23 @@ def test_page_is_self_contained_and_escaped():
         assert text in page
     assert "prefers-color-scheme: dark" in page
     assert "viewport" in page
+
+
+def test_memory_by_phase():
+    """The page shows every phase in order; one that is not known is left out, not drawn as nothing."""
+    found = document()
+    used = found["models"][0]["measurements"][0]["memory"]
+    names = ["imported", "load peak", "loaded", "first run", "steady", "run peak", "peak"]
+    assert list(phases(used)) == names
+    places = [bench_page(found).index(f">{name}</text>") for name in names]
+    assert places == sorted(places)
+    for model in found["models"]:
+        model["measurements"][0]["memory"] |= dict.fromkeys(
+            ("load_peak_rss_bytes", "run_peak_rss_bytes", "peak_rss_bytes")
+        )
+        del model["measurements"][0]["memory"]["first_run_rss_bytes"]
+    assert list(phases(used)) == ["imported", "loaded", "steady"]
+    assert ">load peak</text>" not in bench_page(found)
 
 
 def test_plots_of_nothing_and_of_one_point():

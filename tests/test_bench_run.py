@@ -178,6 +178,7 @@ def test_memory_phases(result):
         assert (
             used["idle_rss_bytes"]
             < used["loaded_rss_bytes"]
+            <= used["first_run_rss_bytes"]
             <= used["steady_rss_bytes"]
             <= used["peak_rss_bytes"]
         )

@@ -44,9 +44,10 @@ def measure_memory(model: Path, setting: Setting, inputs: Mapping[str, np.ndarra
     timeline.append((time.monotonic() - start, "loaded", loaded["rss"]))
     _reset_peak()
     call = bind_host(session, inputs)
-    for _ in range(STEADY_RUNS):
+    for run in range(STEADY_RUNS):
         call()
-        timeline.append((time.monotonic() - start, "run", _resident()["rss"]))
+        phase = "run" if run else "first run"
+        timeline.append((time.monotonic() - start, phase, _resident()["rss"]))
     run_peak, steady = _peak(), _resident()
     device = _device_used(setting)
     return {

@@ -60,6 +60,7 @@ def summarize(answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "idle_rss_bytes": idle,
         "load_peak_rss_bytes": _middle([a["load_peak"] for a in answers]),
         "loaded_rss_bytes": _middle([a["loaded"]["rss"] for a in answers]),
+        "first_run_rss_bytes": _middle([_at("first run", a["timeline"]) for a in answers]),
         "run_peak_rss_bytes": _middle([a["run_peak"] for a in answers]),
         "steady_rss_bytes": _middle([a["steady"]["rss"] for a in answers]),
         "steady_pss_bytes": _middle([a["steady"].get("pss") for a in answers]),
@@ -79,6 +80,25 @@ def summarize(answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "spread": round((max(steady) - min(steady)) / max(steady), 6),
         "timeline": [list(point) for point in answers[0]["timeline"]],
     }
+
+
+def phases(used: Mapping[str, Any]) -> dict[str, int]:
+    """Resident bytes in the order in which a process goes through them, those left out that are not known."""
+    found = {
+        "imported": used["idle_rss_bytes"],
+        "load peak": used["load_peak_rss_bytes"],
+        "loaded": used["loaded_rss_bytes"],
+        # documents of before it was measured lack it
+        "first run": used.get("first_run_rss_bytes"),
+        "steady": used["steady_rss_bytes"],
+        "run peak": used["run_peak_rss_bytes"],
+        "peak": used["peak_rss_bytes"],
+    }
+    return {phase: size for phase, size in found.items() if size is not None}
+
+
+def _at(phase: str, timeline: Sequence[tuple[float, str, int]]) -> int | None:
+    return next((size for _, name, size in timeline if name == phase), None)
 
 
 def _middle(values: Sequence[int | None]) -> int | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from etp_deploy import html, plots
+from etp_deploy.bench import memory
 from etp_deploy.bench.dead import strips
 from etp_deploy.bench.text import (
     COLUMNS,
@@ -155,7 +156,7 @@ def _memory(document: Mapping[str, Any], where: str) -> Html:
     known = [(name, m["memory"]) for name, m in _measured(document, where) if m["memory"]]
     if not known:
         return html.section(f"Memory: {where}", html.paragraph("not measured", quiet=True))
-    phases = {
+    columns = {
         "weights": "weights_bytes",
         "activations": "activation_peak_bytes",
         "load peak": "load_peak_rss_bytes",
@@ -165,8 +166,13 @@ def _memory(document: Mapping[str, Any], where: str) -> Html:
         "above idle": "peak_above_idle_bytes",
         "device": "device_bytes",
     }
-    cells = [(name, *(bytes_text(used[key]) for key in phases.values())) for name, used in known]
+    cells = [(name, *(bytes_text(used[key]) for key in columns.values())) for name, used in known]
     timeline = {name: [(at, size / 1e6) for at, _, size in used["timeline"]] for name, used in known}
+    sizes = {name: memory.phases(used) for name, used in known}
+    passed_through = [
+        (phase, {name: own[phase] / 1e6 for name, own in sizes.items() if phase in own})
+        for phase in dict.fromkeys(phase for own in sizes.values() for phase in own)
+    ]
     largest = [
         (
             name,
@@ -180,10 +186,15 @@ def _memory(document: Mapping[str, Any], where: str) -> Html:
     return html.section(
         f"Memory: {where}",
         plots.bars(largest, unit="MB", caption="weights in the file, and ONNX Runtime's peak of activations"),
-        plots.lines(
-            timeline, y_unit="MB", caption="resident memory of an isolated process: idle, loaded, runs"
+        plots.bars(
+            passed_through, unit="MB", caption="resident memory of an isolated process, phase by phase"
         ),
-        html.table(("model", *phases), cells, caption="activations: exact, by ONNX Runtime's own accounting"),
+        plots.lines(
+            timeline, y_unit="MB", caption="the same over time: imported, loaded, first run, more runs"
+        ),
+        html.table(
+            ("model", *columns), cells, caption="activations: exact, by ONNX Runtime's own accounting"
+        ),
     )
 
 
