@@ -1,4 +1,4 @@
-"""ONNX Runtime sessions that are what was asked for, or an error.
+"""ONNX Runtime sessions that are what was asked for, or an error: the one list of providers, the one check.
 
 To be called in a worker process: creating or running a session on a broken model can crash.
 """
@@ -9,7 +9,6 @@ import ctypes
 import math
 from typing import TYPE_CHECKING, Any
 
-import ml_dtypes
 import numpy as np
 import onnxruntime
 
@@ -20,14 +19,35 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-_PROVIDERS = {
-    "cpu": "CPUExecutionProvider",
-    "cuda": "CUDAExecutionProvider",
-    "tensorrt": "TensorrtExecutionProvider",
-    "openvino": "OpenVINOExecutionProvider",
-    "coreml": "CoreMLExecutionProvider",
-    "xnnpack": "XnnpackExecutionProvider",
+CPU = "CPUExecutionProvider"
+
+# alias -> provider class, how to get it
+PROVIDERS = {
+    "cpu": (CPU, "pip install onnxruntime"),
+    "cuda": (
+        "CUDAExecutionProvider",
+        "pip install 'onnxruntime-gpu[cuda,cudnn]' on a machine with an NVIDIA driver",
+    ),
+    "tensorrt": (
+        "TensorrtExecutionProvider",
+        "pip install onnxruntime-gpu tensorrt on a machine with an NVIDIA driver",
+    ),
+    "openvino": ("OpenVINOExecutionProvider", "pip install onnxruntime-openvino instead of onnxruntime"),
+    "directml": ("DmlExecutionProvider", "pip install onnxruntime-directml, on Windows"),
+    "coreml": ("CoreMLExecutionProvider", "it is in onnxruntime's packages for macOS and iOS"),
+    "xnnpack": (
+        "XnnpackExecutionProvider",
+        "it is in the Android packages; elsewhere build ONNX Runtime with --use_xnnpack",
+    ),
+    "qnn": ("QNNExecutionProvider", "pip install onnxruntime-qnn"),
+    "migraphx": ("MIGraphXExecutionProvider", "pip install onnxruntime-migraphx on a machine with ROCm"),
+    "webgpu": ("WebGpuExecutionProvider", "it is in builds of ONNX Runtime with --use_webgpu"),
+    "acl": ("ACLExecutionProvider", "build ONNX Runtime with --use_acl"),
+    "nnapi": ("NnapiExecutionProvider", "it is in the Android packages"),
 }
+_MORE_ALIASES = {"dml": "directml", "trt": "tensorrt", "gpu": "cuda"}
+# Providers whose tensors live in another memory than the host's, by ONNX Runtime's name for that device.
+DEVICES = {"CUDAExecutionProvider": "cuda", "TensorrtExecutionProvider": "cuda"}
 # TF32 keeps ten bits of mantissa: results would differ by more than anything we look for.
 _OPTIONS = {"CUDAExecutionProvider": {"use_tf32": "0"}}
 # Types that numpy has no name for are handed over as their bits: the type's number in ONNX.
@@ -40,18 +60,69 @@ _BITS_ONLY = {
 }
 
 
-def provider_name(provider: str) -> str:
-    """Return ONNX Runtime's name of a provider given by it or by a short form such as "cuda".
+def provider_class(provider: str) -> str:
+    """Translate an alias into the provider's class name.
 
     Raises:
-        ProviderError: when this build of ONNX Runtime does not have it.
+        ProviderError: when neither an alias nor a class name is meant.
     """
-    name = _PROVIDERS.get(provider.lower(), provider)
+    lowered = provider.lower()
+    alias = _MORE_ALIASES.get(lowered, lowered)
+    if alias in PROVIDERS:
+        return PROVIDERS[alias][0]
+    if provider.endswith("ExecutionProvider") or provider in onnxruntime.get_available_providers():
+        return provider
+    raise ProviderError(
+        "there is no execution provider of this name",
+        where=f"provider {provider!r}",
+        hint=f"known are {', '.join(PROVIDERS)}, and class names that end in ExecutionProvider",
+    )
+
+
+def check_provider(provider: str) -> str:
+    """Return the provider's class name when the installed ONNX Runtime has it.
+
+    Raises:
+        ProviderError: with what was asked for, what there is and how to install it.
+    """
+    wanted = provider_class(provider)
     available = onnxruntime.get_available_providers()
-    if name not in available:
-        hint = f"this build of ONNX Runtime has: {', '.join(available)}"
-        raise ProviderError("the execution provider is not available", where=provider, hint=hint)
-    return name
+    if wanted not in available:
+        raise ProviderError(
+            f"asked for {wanted}, but ONNX Runtime {onnxruntime.__version__} here has only {', '.join(available)}",
+            where=f"provider {provider!r}",
+            hint=_how_to_install(wanted),
+        )
+    return wanted
+
+
+# what verification knows it by
+provider_name = check_provider
+
+
+def connect(
+    model: Path | str, options: Any, provider: str, provider_options: Mapping[str, str] | None = None
+) -> Any:
+    """Create a session that is on the asked provider; an error of ONNX Runtime's own passes through.
+
+    Raises:
+        ProviderError: when the provider is absent or the session fell back to another.
+    """
+    wanted = check_provider(provider)
+    if wanted in DEVICES and hasattr(onnxruntime, "preload_dlls"):
+        onnxruntime.preload_dlls()
+    # The CPU provider follows by itself for nodes the asked one does not take.
+    providers = [(wanted, dict(provider_options or {}))]
+    session = onnxruntime.InferenceSession(str(model), options, providers=providers)
+    session.disable_fallback()
+    got = session.get_providers()
+    if not got or got[0] != wanted:
+        raise ProviderError(
+            f"asked for {wanted}, got {', '.join(got)}: ONNX Runtime fell back silently",
+            where=f"provider {provider!r}",
+            hint=_how_to_install(wanted),
+        )
+    return session
 
 
 def open_session(path: Path | str, *, optimize: bool, provider: str = "cpu") -> Any:
@@ -61,19 +132,18 @@ def open_session(path: Path | str, *, optimize: bool, provider: str = "cpu") -> 
         ProviderError: when the session did not get the provider that was asked for.
         ModelError: when ONNX Runtime refuses the model.
     """
-    name = provider_name(provider)
     options = onnxruntime.SessionOptions()
     levels = onnxruntime.GraphOptimizationLevel
     options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
     options.log_severity_level = 4
+    # checked before for its options, which are by class
+    settings = _OPTIONS.get(check_provider(provider), {})
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=[(name, _OPTIONS.get(name, {}))])
+        return connect(path, options, provider, settings)
+    except ProviderError:
+        raise
     except Exception as error:  # ONNX Runtime's exceptions have no common base of their own
         raise ModelError(f"ONNX Runtime refuses the model: {first_line(error)}", where=str(path)) from error
-    if session.get_providers()[0] != name:
-        hint = "its libraries are missing or its device is not there"
-        raise ProviderError("the session did not get the execution provider", where=provider, hint=hint)
-    return session
 
 
 def run_session(session: Any, feeds: Mapping[str, np.ndarray], *, where: str = "") -> dict[str, Any]:
@@ -145,6 +215,13 @@ def _array(value: Any) -> Any:
     names = [name for name, number in _BITS_ONLY.items() if number == value.element_type()]
     if not names:
         return value.numpy()
+    import ml_dtypes  # noqa: PLC0415 - rarely needed, and not in processes whose memory is measured
+
     dtype, shape = np.dtype(getattr(ml_dtypes, names[0])), value.shape()
     data = ctypes.string_at(value.data_ptr(), math.prod(shape) * dtype.itemsize)
     return np.frombuffer(data, dtype).reshape(shape)
+
+
+def _how_to_install(wanted: str) -> str:
+    hints = [hint for name, hint in PROVIDERS.values() if name == wanted]
+    return hints[0] if hints else "install a build of ONNX Runtime that has it"

@@ -8,7 +8,8 @@ import threading
 import pytest
 
 from etp_deploy.bench import energy
-from etp_deploy.bench.sessions import CPU, DEVICES, Setting
+from etp_deploy.bench.sessions import Setting
+from etp_deploy.sessions import CPU, DEVICES
 
 
 def test_counters(tmp_path, monkeypatch):

@@ -11,20 +11,14 @@ import pytest
 from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
+from etp_deploy import sessions
 from etp_deploy.bench import benchmark, roofline
 from etp_deploy.bench.facts import names
 from etp_deploy.bench.isolation import run_child
-from etp_deploy.bench.sessions import (
-    CPU,
-    DEVICES,
-    Setting,
-    bind_host,
-    open_session,
-    provider_class,
-    run_outputs,
-)
+from etp_deploy.bench.sessions import Setting, bind_host, open_session, run_outputs
 from etp_deploy.errors import BenchmarkError, ModelError, ProviderError, UsageError
 from etp_deploy.inputs import draw_inputs, input_specs
+from etp_deploy.sessions import CPU, DEVICES, provider_class
 
 QUICK = {"sessions": 5, "max_seconds": 1.0, "memory_repeats": 1}
 
@@ -260,6 +254,25 @@ def test_fallback_is_refused(folder, monkeypatch):
     with pytest.raises((ProviderError, BenchmarkError)) as caught:
         open_session(folder / "a.onnx", Setting("cuda"))
     assert "CUDAExecutionProvider" in str(caught.value)
+
+
+def test_one_check_of_fallback(folder, monkeypatch):
+    """Verification and benchmark refuse a session on another provider by the same check, in the same words."""
+    monkeypatch.setattr(
+        ort, "get_available_providers", lambda: ["OpenVINOExecutionProvider", "CPUExecutionProvider"]
+    )
+    real = ort.InferenceSession
+    monkeypatch.setattr(ort, "InferenceSession", lambda path, options, **_: real(path, options))
+    openers = (
+        lambda: open_session(folder / "a.onnx", Setting("openvino")),
+        lambda: sessions.open_session(folder / "a.onnx", optimize=True, provider="openvino"),
+    )
+    seen = set()
+    for opener in openers:
+        with pytest.raises(ProviderError, match="ONNX Runtime fell back silently") as caught:
+            opener()
+        seen.add((caught.value.message, caught.value.hint))
+    assert len(seen) == 1
 
 
 def test_inputs_kept_on_the_device(folder, monkeypatch):

@@ -15,10 +15,11 @@ from etp_deploy.bench.facts import compare_outputs
 from etp_deploy.bench.isolation import run_child
 from etp_deploy.bench.latency import Entrant, Limits, Race, SessionSample, race
 from etp_deploy.bench.results import Cell, Comparison, Measurement, ModelFacts, RawSessions
-from etp_deploy.bench.sessions import CPU, DEVICES, Setting, check_provider
+from etp_deploy.bench.sessions import Setting
 from etp_deploy.bench.statistics import summary
 from etp_deploy.errors import ProviderError, UsageError
 from etp_deploy.inputs import InputSpec, draw_inputs, dynamic_dims
+from etp_deploy.sessions import CPU, DEVICES, check_provider
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -16,8 +16,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from etp_deploy.bench.sessions import DEVICES, Setting, bind_host, open_session, provider_class, run_outputs
+from etp_deploy.bench.sessions import Setting, bind_host, open_session, run_outputs
 from etp_deploy.errors import EtpError
+from etp_deploy.sessions import DEVICES, provider_class
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from etp_deploy.bench.environment import nvidia_query
-from etp_deploy.bench.sessions import CPU, DEVICES, bind_host, check_provider, open_session
+from etp_deploy.bench.sessions import bind_host, open_session
+from etp_deploy.sessions import CPU, DEVICES, check_provider
 
 if TYPE_CHECKING:
     from etp_deploy.bench.latency import Entrant

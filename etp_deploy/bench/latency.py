@@ -18,15 +18,7 @@ import time
 from math import log
 from typing import TYPE_CHECKING
 
-from etp_deploy.bench.sessions import (
-    CPU,
-    DEVICES,
-    Setting,
-    bind_device,
-    bind_host,
-    check_provider,
-    open_session,
-)
+from etp_deploy.bench.sessions import Setting, bind_device, bind_host, open_session
 from etp_deploy.bench.statistics import (
     MIN_SESSIONS,
     Interval,
@@ -34,6 +26,7 @@ from etp_deploy.bench.statistics import (
     log_ratio_interval,
     verdict,
 )
+from etp_deploy.sessions import CPU, DEVICES, check_provider
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

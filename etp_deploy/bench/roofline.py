@@ -17,7 +17,8 @@ import onnx
 from onnx import TensorProto, helper
 
 from etp_deploy.bench.kernels import macs, moved_bytes
-from etp_deploy.bench.sessions import DEVICES, Setting, bind_device, bind_host, check_provider, open_session
+from etp_deploy.bench.sessions import Setting, bind_device, bind_host, open_session
+from etp_deploy.sessions import DEVICES, check_provider
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

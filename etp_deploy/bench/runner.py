@@ -14,9 +14,9 @@ from etp_deploy.bench.facts import names, read_facts
 from etp_deploy.bench.latency import Limits
 from etp_deploy.bench.memory import REPEATS
 from etp_deploy.bench.results import BenchmarkResult, Cell
-from etp_deploy.bench.sessions import check_provider
 from etp_deploy.errors import UsageError
 from etp_deploy.inputs import InputSpec, dynamic_dims, input_specs
+from etp_deploy.sessions import check_provider
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

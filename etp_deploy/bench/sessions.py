@@ -1,4 +1,4 @@
-"""ONNX Runtime sessions on a provider by name, which refuse to be on another one."""
+"""ONNX Runtime sessions as they are measured: on the provider asked for, their threads not spinning."""
 
 from __future__ import annotations
 
@@ -9,42 +9,13 @@ from typing import TYPE_CHECKING
 import onnxruntime as ort
 
 from etp_deploy.errors import BenchmarkError, ProviderError
+from etp_deploy.sessions import connect
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
     import numpy as np
-
-CPU = "CPUExecutionProvider"
-
-# alias -> provider class, how to get it
-PROVIDERS = {
-    "cpu": (CPU, "pip install onnxruntime"),
-    "cuda": (
-        "CUDAExecutionProvider",
-        "pip install 'onnxruntime-gpu[cuda,cudnn]' on a machine with an NVIDIA driver",
-    ),
-    "tensorrt": (
-        "TensorrtExecutionProvider",
-        "pip install onnxruntime-gpu tensorrt on a machine with an NVIDIA driver",
-    ),
-    "openvino": ("OpenVINOExecutionProvider", "pip install onnxruntime-openvino instead of onnxruntime"),
-    "directml": ("DmlExecutionProvider", "pip install onnxruntime-directml, on Windows"),
-    "coreml": ("CoreMLExecutionProvider", "it is in onnxruntime's packages for macOS and iOS"),
-    "xnnpack": (
-        "XnnpackExecutionProvider",
-        "it is in the Android packages; elsewhere build ONNX Runtime with --use_xnnpack",
-    ),
-    "qnn": ("QNNExecutionProvider", "pip install onnxruntime-qnn"),
-    "migraphx": ("MIGraphXExecutionProvider", "pip install onnxruntime-migraphx on a machine with ROCm"),
-    "webgpu": ("WebGpuExecutionProvider", "it is in builds of ONNX Runtime with --use_webgpu"),
-    "acl": ("ACLExecutionProvider", "build ONNX Runtime with --use_acl"),
-    "nnapi": ("NnapiExecutionProvider", "it is in the Android packages"),
-}
-_MORE_ALIASES = {"dml": "directml", "trt": "tensorrt", "gpu": "cuda"}
-# Providers whose tensors live in another memory than the host's, by ONNX Runtime's name for that device.
-DEVICES = {"CUDAExecutionProvider": "cuda", "TensorrtExecutionProvider": "cuda"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,42 +35,6 @@ class Setting:
     on_device: bool = False
 
 
-def provider_class(provider: str) -> str:
-    """Translate an alias into the provider's class name.
-
-    Raises:
-        ProviderError: when neither an alias nor a class name is meant.
-    """
-    lowered = provider.lower()
-    alias = _MORE_ALIASES.get(lowered, lowered)
-    if alias in PROVIDERS:
-        return PROVIDERS[alias][0]
-    if provider.endswith("ExecutionProvider"):
-        return provider
-    raise ProviderError(
-        "there is no execution provider of this name",
-        where=f"provider {provider!r}",
-        hint=f"known are {', '.join(PROVIDERS)}, and class names that end in ExecutionProvider",
-    )
-
-
-def check_provider(provider: str) -> str:
-    """Return the provider's class name when the installed ONNX Runtime has it.
-
-    Raises:
-        ProviderError: with what was asked for, what there is and how to install it.
-    """
-    wanted = provider_class(provider)
-    available = ort.get_available_providers()
-    if wanted not in available:
-        raise ProviderError(
-            f"asked for {wanted}, but ONNX Runtime {ort.__version__} here has only {', '.join(available)}",
-            where=f"provider {provider!r}",
-            hint=_how_to_install(wanted),
-        )
-    return wanted
-
-
 def open_session(model: Path, setting: Setting) -> ort.InferenceSession:
     """Open a session on the asked provider, its threads not spinning.
 
@@ -110,25 +45,14 @@ def open_session(model: Path, setting: Setting) -> ort.InferenceSession:
         ProviderError: when the provider is absent or the session fell back to another.
         BenchmarkError: when ONNX Runtime cannot load the model.
     """
-    wanted = check_provider(setting.provider)
-    if wanted in DEVICES and hasattr(ort, "preload_dlls"):
-        ort.preload_dlls()
-    # The CPU provider follows by itself for nodes the asked one does not take.
     try:
-        session = ort.InferenceSession(str(model), _options(setting), providers=[wanted])
+        return connect(model, _options(setting), setting.provider)
+    except ProviderError:
+        raise
     except Exception as error:  # ONNX Runtime's errors share no base class with a public name
         raise BenchmarkError(
             f"ONNX Runtime cannot load the model: {_first_line(error)}", where=model.name, hint=""
         ) from error
-    session.disable_fallback()
-    got = session.get_providers()
-    if not got or got[0] != wanted:
-        raise ProviderError(
-            f"asked for {wanted}, got {', '.join(got)}: ONNX Runtime fell back silently",
-            where=f"provider {setting.provider!r}",
-            hint=_how_to_install(wanted),
-        )
-    return session
 
 
 def bind_host(session: ort.InferenceSession, inputs: Mapping[str, np.ndarray]) -> Callable[[], object]:
@@ -189,11 +113,6 @@ def _ort_value(array: np.ndarray, device: str) -> ort.OrtValue:
 
     kind = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
     return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, kind)
-
-
-def _how_to_install(wanted: str) -> str:
-    hints = [hint for name, hint in PROVIDERS.values() if name == wanted]
-    return hints[0] if hints else "install a build of ONNX Runtime that has it"
 
 
 def _first_line(error: Exception) -> str:
