@@ -96,8 +96,17 @@ def check_provider(provider: str) -> str:
     return wanted
 
 
-# what verification knows it by
-provider_name = check_provider
+def provider_name(provider: str) -> str:
+    """As `check_provider`, in one sentence for every reason.
+
+    Raises:
+        ProviderError: when this build of ONNX Runtime does not have it.
+    """
+    try:
+        return check_provider(provider)
+    except ProviderError as error:
+        hint = f"{error.message}: {error.hint}"
+        raise ProviderError("the execution provider is not available", where=provider, hint=hint) from error
 
 
 def connect(
@@ -137,7 +146,7 @@ def open_session(path: Path | str, *, optimize: bool, provider: str = "cpu") -> 
     options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
     options.log_severity_level = 4
     # checked before for its options, which are by class
-    settings = _OPTIONS.get(check_provider(provider), {})
+    settings = _OPTIONS.get(provider_name(provider), {})
     try:
         return connect(path, options, provider, settings)
     except ProviderError:
