@@ -263,3 +263,23 @@ def test_a_window_larger_than_its_axis():
     net.node("MatMul", ["y", net.rand(1, 3)], "z")
     with contextlib.suppress(EtpError):
         shrunk(net.case("z").model)
+
+
+@pytest.mark.xfail(reason="alignment keeps more of each cut after the cuts were weighed", strict=True)
+def test_a_filter_that_two_convolutions_share_under_an_alignment():
+    """Cuts that an alignment makes larger than the shared filter together are not made."""
+    net = Net(x=(2, 3, 6, 5))
+    net.node("Gather", ["x", np.array([0, 1, 2, 0])], "g", axis=1)
+    net.node("Conv", ["g", np.zeros((4, 4, 3, 3), np.float32)], "a", pads=[1, 1, 1, 1])
+    net.node("Conv", ["a", "w1", net.rand(4)], "b", pads=[1, 1, 1, 1])
+    case = net.case("b")
+    assert failure(case, 3, floor=False) is None
+    assert weight_elements(shrunk(case.model, 3)) <= weight_elements(case.model)
+
+
+@pytest.mark.xfail(reason="initializers have no layout", strict=True)
+def test_an_attention_operator_on_constant_keys():
+    """The Attention operator may be given keys and values that are initializers."""
+    net = Net(q=(1, 1, 5, 1))
+    net.node("Attention", ["q", net.rand(1, 1, 5, 1), net.rand(1, 1, 5, 1)], "y")
+    assert failure(net.case("y", opset=23)) is None
