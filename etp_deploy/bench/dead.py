@@ -83,8 +83,7 @@ def analyse(path: Path) -> dict[str, Any]:
     after, weights_after = before, weights
     if removal.edits:
         rewrite(prepared, removal.edits)
-        shrunk = prepare(prepared).graph
-        after, weights_after = _work(shrunk), _weights(shrunk)
+        after, weights_after = _work(prepare(prepared).graph), _weights(prepared.graph)
     nodes = {tensor: _gone(count, after.get(tensor)) for tensor, count in before.items()}
     known = all(count is not None for count, _ in (*before.values(), *after.values()))
     total, left = (sum(count or 0 for count, _ in side.values()) for side in (before, after))
@@ -93,8 +92,8 @@ def analyse(path: Path) -> dict[str, Any]:
         "channels": sum(row["total"] for row in counted),
         "dead": sum(row["dead"] for row in counted),
         "removable": sum(row["removable"] for row in counted),
-        "weights": weights - weights_after,
-        "weights_share": round(1 - weights_after / weights, 6) if weights else 0.0,
+        "weights": max(weights - weights_after, 0),
+        "weights_share": round(max(1 - weights_after / weights, 0.0), 6) if weights else 0.0,
         "macs_share": (round(1 - left / total, 6) if total else 0.0) if known else None,
         "layers": rows,
         "nodes": {tensor: share for tensor, share in nodes.items() if share},
@@ -192,7 +191,7 @@ def _weights(graph: ir.Graph) -> int:
     return sum(
         elements(value)
         for value in graph.initializers.values()
-        if value.dtype is not None and value.dtype.is_floating_point()
+        if value.dtype is not None and value.dtype.is_floating_point() and value.uses()
     )
 
 
