@@ -265,7 +265,6 @@ def test_a_window_larger_than_its_axis():
         shrunk(net.case("z").model)
 
 
-@pytest.mark.xfail(reason="alignment keeps more of each cut after the cuts were weighed", strict=True)
 def test_a_filter_that_two_convolutions_share_under_an_alignment():
     """Cuts that an alignment makes larger than the shared filter together are not made."""
     net = Net(x=(2, 3, 6, 5))
@@ -277,7 +276,6 @@ def test_a_filter_that_two_convolutions_share_under_an_alignment():
     assert weight_elements(shrunk(case.model, 3)) <= weight_elements(case.model)
 
 
-@pytest.mark.xfail(reason="initializers have no layout", strict=True)
 def test_an_attention_operator_on_constant_keys():
     """The Attention operator may be given keys and values that are initializers."""
     net = Net(q=(1, 1, 5, 1))

@@ -123,11 +123,10 @@ def _keep_one(analysis: Analysis) -> bool:
         if mask.any() or not left:
             continue
         constant = state.constant(value)
-        magnitude = (
-            np.zeros(mask.shape) if constant is None else np.abs(np.where(constant.known, constant.value, 0))
-        )
+        # a known constant reads nothing, and the largest may serve as a carrier
+        worth = np.zeros(mask.shape) if constant is None else constant.known * (1.0 + np.abs(constant.value))
         one = np.zeros(mask.size, bool)
-        one[np.argmax(magnitude)] = True
+        one[np.argmax(worth)] = True
         state.grow(value, one.reshape(mask.shape), Cause("a tensor keeps at least one channel", spare=True))
         settle(analysis)
         left -= 1

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from etp_deploy.surgery.rules.common import attribute, input_at, rank, static
 from etp_deploy.surgery.rules.registry import RefusedError, rule
 from etp_deploy.surgery.statements.attention import Attention
+from etp_deploy.surgery.statements.base import array_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -20,6 +21,8 @@ def attention(node: ir.Node) -> Statement:
     """y[b, h, n, e] = sum_m softmax_m(scale * q[b, h, n] . k[b, g, m] + mask) * v[b, g, m, e]"""
     if rank(node.inputs[0]) != 4:
         raise RefusedError("an Attention on tensors of three axes")
+    if any(array_of(value) is not None for value in node.inputs[:3]):
+        raise RefusedError("an Attention with constant queries, keys or values")
     if any(input_at(node, index) is not None for index in (4, 5, 6)):
         raise RefusedError("an Attention with a cache")
     if any(value.uses() or value.is_graph_output() for value in node.outputs[1:]):

@@ -176,7 +176,8 @@ def cut_size(edit: Edit, value: ir.Value) -> tuple[int, bytes]:
     assert value.const_value is not None
     match edit:
         case SetInput(_, array):
-            return array.size, hashlib.sha256(np.ascontiguousarray(array).tobytes()).digest()
+            content = f"{array.dtype} {array.shape}".encode() + np.ascontiguousarray(array).tobytes()
+            return array.size, hashlib.sha256(content).digest()
         case SliceInput(_, takes):
             size = int(value.const_value.size)
             for axis, line in takes:
