@@ -158,13 +158,7 @@ def compress(
         verification = None
         if verify:
             with job.stage("verify"):
-                verification = verify_models(reference, candidate)
-            if not verification.passed:
-                raise VerificationError(
-                    f"the compressed model does not agree with the original: {verification.reason}",
-                    where=str(source),
-                    hint="nothing was written; please report the model",
-                )
+                verification = _verified(reference, candidate, source)
         with job.stage("write"):
             write_model(read_model(candidate), destination, inputs=(source,))
     written = read_model(destination)
@@ -194,6 +188,18 @@ def _shrink(
         rewrite(prepared, removal.edits)
         restore_interface(prepared, model)
     return prepared, removal.layers
+
+
+def _verified(reference: Path, candidate: Path, source: Path) -> Verification:
+    """Compare the two; a disagreement ends the job."""
+    verification = verify_models(reference, candidate)
+    if not verification.passed:
+        raise VerificationError(
+            f"the compressed model does not agree with the original: {verification.reason}",
+            where=str(source),
+            hint="nothing was written; please report the model",
+        )
+    return verification
 
 
 def _removed(rows: tuple[Layer, ...]) -> dict[str, int]:

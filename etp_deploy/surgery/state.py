@@ -186,6 +186,14 @@ def coordinates(layout: np.ndarray, shape: tuple[int, ...]) -> list[np.ndarray]:
     return list(np.unravel_index(layout, shape)) if shape else []
 
 
+def agree(one: np.ndarray, other: np.ndarray) -> bool:
+    """Return whether two coordinates are the same wherever both say something; never where they cannot be broadcast."""
+    try:
+        return bool(np.all(one == other))
+    except ValueError:
+        return False
+
+
 def nested_fill(mask: np.ndarray) -> np.ndarray:
     """Return the positions to add so that every kept slice of a mask has the same number of kept slices inside.
 

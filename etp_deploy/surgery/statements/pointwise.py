@@ -22,7 +22,7 @@ from etp_deploy.surgery.shapes import (
     labelled,
     plain,
 )
-from etp_deploy.surgery.state import Cause, ConflictError, coordinates
+from etp_deploy.surgery.state import Cause, ConflictError, agree, coordinates
 from etp_deploy.surgery.statements.base import (
     Edit,
     SetShape,
@@ -395,7 +395,7 @@ class Pointwise(Statement):
                 known = found[dim]
                 if known is None:
                     found[dim] = coordinate
-                elif not _same(known, coordinate):
+                elif not agree(known, coordinate):
                     raise ConflictError([self.out, *(self._value(other) for other in self._live())])
         for dim, fixed in enumerate(found):
             if fixed is None:
@@ -471,13 +471,6 @@ def missing_rows(wanted: np.ndarray, mask: np.ndarray) -> np.ndarray:
         pattern = np.zeros_like(pattern)
         pattern.reshape(-1)[0] = True
     return empty & pattern
-
-
-def _same(a: np.ndarray, b: np.ndarray) -> bool:
-    try:
-        return bool(np.all(a == b)) and np.broadcast_shapes(a.shape, b.shape) is not None
-    except ValueError:
-        return False
 
 
 def _numpy_type(value: ir.Value) -> np.dtype:

@@ -22,7 +22,7 @@ from etp_deploy.surgery.shapes import (
     plain,
     unlabelled,
 )
-from etp_deploy.surgery.state import Cause, ConflictError, coordinates
+from etp_deploy.surgery.state import Cause, ConflictError, agree, coordinates
 from etp_deploy.surgery.statements.base import Edit, Statement, array_of, default_layout, set_plain
 from etp_deploy.surgery.statements.pointwise import missing_rows
 from etp_deploy.surgery.statements.slicing import take_channels
@@ -305,7 +305,7 @@ class Product(Statement):
                 known = found[target]
                 if known is None:
                     found[target] = lifted
-                elif not _agree(known, lifted):
+                elif not agree(known, lifted):
                     raise ConflictError([self.out, *self.operands, value])
 
     def _out_layout(self, state: State, found: list[np.ndarray | None]) -> np.ndarray:
@@ -359,10 +359,3 @@ class Product(Statement):
                         links.append((dim, target))
             if wanted:
                 yield from take_channels(which, own, wanted, links)
-
-
-def _agree(a: np.ndarray, b: np.ndarray) -> bool:
-    try:
-        return bool(np.all(a == b))
-    except ValueError:
-        return False

@@ -176,12 +176,6 @@ class Select(Statement):
             yield index, indices, slice(start, start + len(indices))
             start += len(indices)
 
-    def _input_mask(self, state: State, index: int) -> np.ndarray:
-        value = self._inputs()[index]
-        if is_parameter(value):
-            return np.zeros(frame(self.own[index]), bool)
-        return state.mask(value)
-
     def _labelled_here(self, index: int) -> bool:
         """Whether an input is labelled along the axis (one that is not holds its one frame position for all)."""
         return self.own[index][self.axis][0].labelled
