@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from pathlib import Path
+
 import numpy as np
 import onnx
-from graphs import Builder, Case, Chooser, DrawnChooser, runs
+from graphs import Builder, Case, Chooser, DrawnChooser, opsets, runs
 from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 
@@ -749,7 +752,13 @@ STEPS = (
         gated,
     ),
     *(embedding, unknown),
+    *(
+        step
+        for module in sorted(Path(__file__).parent.glob("steps_*.py"))
+        for step in import_module(module.stem).STEPS
+    ),
 )
+"""What a graph grows by, as often as it is listed; each file `steps_*.py` beside this one adds its own `STEPS`."""
 
 
 def grown(choose: Chooser, seed: int) -> Case:
@@ -819,7 +828,7 @@ def _finished(b: Builder) -> Case:
         ],
         [numpy_helper.from_array(array, name) for name, array in b.initializers.items() if name in used],
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", b.opset)], ir_version=8)
+    model = helper.make_model(graph, opset_imports=opsets(b.opset), ir_version=8)
     return Case(model, {name: b.values[name] for name in b.inputs})
 
 

@@ -338,6 +338,11 @@ def _with_graph(case: Case, nodes: Sequence[onnx.NodeProto], outputs: Sequence[o
 # growing
 
 
+def opsets(default: int) -> list[onnx.OperatorSetIdProto]:
+    """Return the operator sets of a random graph: the default one, and ONNX Runtime's own."""
+    return [helper.make_opsetid("", default), helper.make_opsetid("com.microsoft", 1)]
+
+
 class Builder:
     """A graph that grows, with the value that each tensor has for one input."""
 
@@ -417,7 +422,7 @@ class Builder:
             [onnx.ValueInfoProto(name=name) for name in node.output if name],
             [numpy_helper.from_array(self.initializers[n], n) for n in feeds if n in self.initializers],
         )
-        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", self.opset)], ir_version=8)
+        model = helper.make_model(graph, opset_imports=opsets(self.opset), ir_version=8)
         try:
             return run(model, feeds)
         except Exception:  # noqa: BLE001 - the runtime's refusal is the answer

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
     import onnx_ir as ir
 
+    from etp_deploy.surgery.examples import Example
     from etp_deploy.surgery.statements.base import Statement
 
     Rule = Callable[["ir.Node"], "Statement"]
@@ -18,22 +19,33 @@ if TYPE_CHECKING:
 RuleType = TypeVar("RuleType", bound="Rule")
 
 _RULES: dict[tuple[str, str], Rule] = {}
+_EXAMPLES: dict[tuple[str, str], tuple[Example, ...]] = {}
 
 
 class RefusedError(Exception):
     """A rule that does not cover this form of its operator says why; the node's tensors are then pinned."""
 
 
-def rule(*operators: str, domain: str = "") -> Callable[[RuleType], RuleType]:
-    """Register a function as the rule of some operators of a domain."""
+def rule(
+    *operators: str, domain: str = "", examples: tuple[Example, ...] = ()
+) -> Callable[[RuleType], RuleType]:
+    """Register a function as the rule of some operators of a domain, with nodes that show what it covers."""
 
     def register(function: RuleType) -> RuleType:
         for operator in operators:
             assert (domain, operator) not in _RULES, f"two rules for {operator}"
             _RULES[domain, operator] = function
+            _EXAMPLES[domain, operator] = tuple(
+                item for item in examples if item.operator in {None, operator}
+            )
         return function
 
     return register
+
+
+def examples_of(domain: str, operator: str) -> tuple[Example, ...]:
+    """Return the examples that an operator's rule carries."""
+    return _EXAMPLES[domain, operator]
 
 
 def covered() -> list[tuple[str, str]]:
