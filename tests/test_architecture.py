@@ -16,7 +16,17 @@ TORCH = ("training", "demo", "exporting.py", "factories.py", "tracing.py")
 # stages in the order in which data flows; a file may import from its own stage and those before it
 STAGES = (
     ("errors", "files", "worker", "html", "plots", "runtime", "_version"),
-    ("modelcheck", "modelfile", "inputs", "input_ranges", "input_files", "comparing", "sessions"),
+    (
+        "modelcheck",
+        "modelstrip",
+        "tensors",
+        "modelfile",
+        "inputs",
+        "input_ranges",
+        "input_files",
+        "comparing",
+        "sessions",
+    ),
     ("surgery",),
     ("sizes", "simplify", "verification", "inspection"),
     ("pipeline", "bundling", "exporting", "factories", "tracing", "training", "bench"),
