@@ -159,6 +159,7 @@ def move_model(source: Path, path: Path | str, *, inputs: Sequence[Path | str] =
         if moved is not None:
             moved.unlink(missing_ok=True)
         raise
+    source.unlink(missing_ok=True)
     for old in superseded:
         old.unlink(missing_ok=True)
 
