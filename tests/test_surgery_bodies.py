@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
-import pytest
 from graphs import Case, failure, shrunk, weight_elements
 from onnx import helper, numpy_helper
 
@@ -33,7 +32,7 @@ def body(name, nodes, outputs, inputs=(), weights=None):
     return helper.make_graph(nodes, name, *declared, held)
 
 
-def case(nodes, inputs, outputs, weights=None, opset=18, feeds=None):
+def case(nodes, inputs, outputs, weights=None, *, opset=18, feeds=None):
     """Return a model with its inputs."""
     graph = body("main", nodes, outputs, [info(key, FLOAT, shape) for key, shape in inputs.items()], weights)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)

@@ -45,6 +45,25 @@ def has_bodies(model: ir.Model) -> bool:
     return any(True for _ in model.graph.subgraphs())
 
 
+def remove_unused(model: ir.Model) -> None:
+    """Remove nodes and initializers that nothing uses, and what only bodies of removed nodes used."""
+    passes.RemoveUnusedNodesPass()(model)
+    while _detach(model):
+        passes.RemoveUnusedNodesPass()(model)
+
+
+def _detach(model: ir.Model) -> bool:
+    """Let nodes that stand in no graph of the model read nothing; say whether there were any."""
+    graphs = list(model.graphs())
+    nodes = set(model.graph.all_nodes())
+    values = [value for graph in graphs for value in (*graph.inputs, *graph.initializers.values())]
+    values += [value for node in nodes for value in node.outputs]
+    gone = [use for value in values for use in value.uses() if use[0] not in nodes]
+    for node, index in gone:
+        node.replace_input_with(index, None)
+    return bool(gone)
+
+
 def own_initializers(model: ir.Model) -> None:
     """Give bodies' initializers tensors of their own: renaming a value renames its tensor, another model's too."""
     for body in model.graph.subgraphs():

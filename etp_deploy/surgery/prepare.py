@@ -31,6 +31,7 @@ from etp_deploy.surgery.boundaries import (
     open_returns,
     own_initializers,
     rebind,
+    remove_unused,
 )
 from etp_deploy.surgery.evaluate import evaluate
 from etp_deploy.surgery.shapes import Size, is_parameter
@@ -97,9 +98,9 @@ def prepare(model: ir.Model) -> ir.Model:
         passes.LiftSubgraphInitializersToMainGraphPass(),
         # the pass cannot handle an Identity that ends a body
         *(() if has_bodies(model) else (passes.IdentityEliminationPass(),)),
-        passes.RemoveUnusedNodesPass(),
     ):
         simplify(model)
+    remove_unused(model)
     name_apart(model)
     open_bodies(model)
     forget_body_inputs(model)
@@ -107,9 +108,9 @@ def prepare(model: ir.Model) -> ir.Model:
     while changed:  # a resolved target makes more shapes known, which may resolve more
         infer_shapes(model)
         changed = _fold_integers(model.graph) | _resolve_shapes(model.graph) | _fill_shapes(model.graph)
-        passes.RemoveUnusedNodesPass()(model)
+        remove_unused(model)
     if absorb_padding(model.graph) | omit_zero_states(model.graph):
-        passes.RemoveUnusedNodesPass()(model)
+        remove_unused(model)
     return model
 
 

@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
-import onnx_ir.passes.common as passes
 
 from etp_deploy.errors import PlanError
-from etp_deploy.surgery.boundaries import name_apart, release_bodies
+from etp_deploy.surgery.boundaries import name_apart, release_bodies, remove_unused
 from etp_deploy.surgery.prepare import constant
 from etp_deploy.surgery.statements.base import (
     AddVector,
@@ -252,7 +251,7 @@ def rewrite(model: ir.Model, edits: Sequence[tuple[ir.Node, tuple[Edit, ...]]]) 
         if not value.is_graph_output():
             value.shape = None
     release_bodies(model.graph)
-    passes.RemoveUnusedNodesPass()(model)
+    remove_unused(model)
     for value, name in rewriter.wanted.items():
         if value.is_initializer() and name not in model.graph.initializers:
             value.name = name
