@@ -305,4 +305,5 @@ def _always(value: ir.Value | None, body: ir.Graph) -> bool:
     return False
 
 
-registry.register("", "Loop", since_version=1)(_infer_loop)
+# the library registers its own for version 1, whenever it is first used
+registry.register("", "Loop", since_version=2)(_infer_loop)
