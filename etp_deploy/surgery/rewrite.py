@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
-import onnx_ir.passes.common as passes
 
 from etp_deploy.errors import PlanError
+from etp_deploy.surgery.boundaries import name_apart, release_bodies, remove_unused
 from etp_deploy.surgery.prepare import constant
 from etp_deploy.surgery.statements.base import (
     AddVector,
     Affine,
     Edit,
+    FreeShape,
     GatherInput,
     SetAttribute,
     SetInput,
@@ -32,7 +33,10 @@ if TYPE_CHECKING:
 
 
 class Rewriter:
-    """Applies edits to one graph; equal cuts of one initializer stay one initializer."""
+    """Applies edits to a graph and the bodies in it; equal cuts of one initializer stay one initializer.
+
+    All initializers are the main graph's: bodies read them from there.
+    """
 
     def __init__(self, graph: ir.Graph) -> None:
         self.graph = graph
@@ -69,6 +73,8 @@ class Rewriter:
                 self._set_shape(node, index, sizes)
             case SetSlice():
                 self._set_slice(node, edit)
+            case FreeShape(value):
+                value.shape = None
             case _:
                 raise PlanError(f"an edit of an unknown kind: {type(edit).__name__}")
 
@@ -148,7 +154,7 @@ class Rewriter:
         fresh = ir.node("Concat", parts, {"axis": 0})
         fresh.outputs[0].name = f"{target.name}_{node.outputs[0].name}"
         fresh.outputs[0].type, fresh.outputs[0].shape = target.type, target.shape
-        self.graph.insert_before(node, fresh)
+        graph_of(node).insert_before(node, fresh)
         node.replace_input_with(index, fresh.outputs[0])
 
     def _set_slice(self, node: ir.Node, edit: SetSlice) -> None:
@@ -208,7 +214,8 @@ class Rewriter:
         added = ir.node(operator, [out, operand])
         fresh = added.outputs[0]
         fresh.type, fresh.shape = out.type, out.shape
-        places = [place for place, value in enumerate(self.graph.outputs) if value is out]
+        graph = graph_of(producer)
+        places = [place for place, value in enumerate(graph.outputs) if value is out]
         if places:
             fresh.name, out.name = out.name, f"{out.name}_without_{what}"
         else:
@@ -216,8 +223,14 @@ class Rewriter:
         for user, place in users:
             user.replace_input_with(place, fresh)
         for place in places:
-            self.graph.outputs[place] = fresh
-        self.graph.insert_after(producer, added)
+            graph.outputs[place] = fresh
+        graph.insert_after(producer, added)
+
+
+def graph_of(node: ir.Node) -> ir.Graph:
+    """Return the graph, main or body, that a node stands in."""
+    assert isinstance(node.graph, ir.Graph)
+    return node.graph
 
 
 def _attribute(name: str, value: float | tuple[int, ...]) -> ir.Attr:
@@ -249,13 +262,15 @@ def rewrite(model: ir.Model, edits: Sequence[tuple[ir.Node, tuple[Edit, ...]]]) 
     """Apply edits to a prepared model, in place, and drop what nothing uses any more."""
     rewriter = Rewriter(model.graph)
     rewriter.apply(edits)
-    for value in (value for node in model.graph for value in node.outputs):
+    for value in (value for node in model.graph.all_nodes() for value in node.outputs):
         if not value.is_graph_output():
             value.shape = None
-    passes.RemoveUnusedNodesPass()(model)
+    release_bodies(model.graph)
+    remove_unused(model)
     for value, name in rewriter.wanted.items():
         if value.is_initializer() and name not in model.graph.initializers:
             value.name = name
+    name_apart(model)
 
 
 def restore_interface(model: ir.Model, original: ir.Model) -> None:

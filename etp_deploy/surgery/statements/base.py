@@ -87,18 +87,36 @@ class Affine:
     offset: np.ndarray | None
 
 
-Edit = SetInput | SliceInput | GatherInput | SetAttribute | SetShape | SetSlice | AddVector | Affine
+@dataclass(frozen=True)
+class FreeShape:
+    """Forget the shape that an input or output of a body declares."""
+
+    value: ir.Value
+
+
+Edit = (
+    SetInput | SliceInput | GatherInput | SetAttribute | SetShape | SetSlice | AddVector | Affine | FreeShape
+)
 
 
 class Statement:
     """How one node relates the channels of its inputs and outputs.
 
     The stages call the methods in this order: `structure` and `constants` once, walking forward; `spread` and
-    `repair` until nothing grows; `layout` walking forward; `edits` at the end.
+    `repair` until nothing grows; `layout` walking forward; `edits` at the end. Of a node with bodies, `enter`
+    comes before the walk through them, which is repeated until `holds`, and `enter_layout` before their layout.
     """
 
     def __init__(self, node: ir.Node) -> None:
         self.node = node
+
+    def enter(self, state: State) -> None:
+        """Say what is known of the inputs of the node's bodies."""
+
+    def holds(self, state: State) -> bool:
+        """Say whether the bodies keep to what `enter` said, which says less the next time if not."""
+        del state
+        return True
 
     def structure(self, state: State) -> None:
         """Say which axes of the outputs are labelled, and pin what this node cannot let go."""
@@ -114,6 +132,9 @@ class Statement:
         """Keep what a valid tensor needs beyond liveness (equal counts); say whether anything grew."""
         del state
         return False
+
+    def enter_layout(self, state: State) -> None:
+        """Say in which order the kept positions stand in the inputs of the node's bodies."""
 
     def layout(self, state: State) -> None:
         """Say in which order the kept positions stand in the outputs.
