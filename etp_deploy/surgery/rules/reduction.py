@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from etp_deploy.surgery.examples import computed, example, literal
 from etp_deploy.surgery.rules.common import attribute, constant_at, input_at, normal_axis, rank
 from etp_deploy.surgery.rules.registry import rule
 from etp_deploy.surgery.statements.pointwise import AxisMap, Constants, Pointwise
@@ -47,7 +48,14 @@ def reduce_to_itself(node: ir.Node) -> Statement:
     return _reduction(node, "pass")
 
 
-@rule("ReduceMean")
+@rule(
+    "ReduceMean",
+    examples=(
+        example(computed(2, 6, 4, 4), literal([2, 3])),
+        example(computed(2, 6, 4, 4), literal([1]), keepdims=0),
+        example(computed(2, 6, 4), literal([1, 2])),
+    ),
+)
 def reduce_mean(node: ir.Node) -> Statement:
     """y = sum of x over axes / number of entries"""
     return Reduction(node, _axis_map(node), "mean")
