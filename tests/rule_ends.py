@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from etp_deploy.surgery.shapes import Structure
     from etp_deploy.surgery.state import State
 
-MODES = ("all", "channel", "last", "sizes", "split", "independent")
+MODES = ("all", "channel", "last", "heads", "sizes", "split", "independent", "heads")
 ORDERS = ("product", "nested", "permuted")
 # from this seed on, axes without channels are of sizes that are known only when the model runs
-FIRST_DYNAMIC = 12
+FIRST_DYNAMIC = 2 * len(MODES)
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,7 @@ def labelling(operands: Sequence[Operand], mode: str, rng: np.random.Generator) 
             "all": True,
             "channel": axis == 1,
             "last": axis == len(operand.shape) - 1,
+            "heads": axis in {1, len(operand.shape) - 1},
             "sizes": size in chosen,
             "split": size in chosen,
             "independent": rng.random() < 0.5,
@@ -151,11 +152,13 @@ def tensors(example: Example, seed: int) -> list[Tensor]:
         for index, operand in enumerate(example.operands)
         if operand is not None and operand.role in {"computed", "indices"}
     }
-    structures = labelling(list(operands.values()), MODES[seed % len(MODES)], rng)
+    mode = MODES[seed % len(MODES)]
+    structures = labelling(list(operands.values()), mode, rng)
     positive, dynamic = bool(rng.random() < 0.5), seed >= FIRST_DYNAMIC
     result = []
     for (name, operand), given in zip(operands.items(), structures, strict=True):
-        sums = operand.dtype.startswith("float") and len(operand.shape) > 1 and rng.random() < 0.2
+        sums = mode in {"channel", "sizes", "independent"} and rng.random() < 0.3
+        sums = sums and operand.dtype.startswith("float") and len(operand.shape) > 1
         structure = (*given[:-1], plain(operand.shape[-1:])[0]) if sums else given
         known, value = planted_constants(operand, structure, rng)
         if sums:

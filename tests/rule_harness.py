@@ -17,7 +17,7 @@ import onnx
 import onnx_ir as ir
 from graphs import difference, run
 from onnx import helper, numpy_helper
-from rule_ends import ORDERS, Sink, Source, factor_sizes, kept_slice, planted_weight, tensors
+from rule_ends import MODES, ORDERS, Sink, Source, factor_sizes, kept_slice, planted_weight, tensors
 
 from etp_deploy.errors import PlanError
 from etp_deploy.surgery.analysis import Analysis, read, solve
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from etp_deploy.surgery.state import State
     from etp_deploy.surgery.statements.base import Statement
 
-SEEDS = range(18)
+SEEDS = range(3 * len(MODES))
 HARNESS = "harness"  # the domain of the operators at both ends
 # what half precision's own rounding does to a sum of a few terms, of the largest entry
 HALF = 4e-3
@@ -71,7 +71,11 @@ class Trial:
             if operand is not None and operand.role in {"weight", "literal"}:
                 weights.append(numpy_helper.from_array(planted_weight(operand, rng), f"x{index}"))
         self.outputs = [f"y{index}" for index in range(example.outputs)]
-        self.node = helper.make_node(operator, names, self.outputs, domain=domain, **example.attributes)
+        attributes = {
+            name: numpy_helper.from_array(value) if isinstance(value, np.ndarray) else value
+            for name, value in example.attributes.items()
+        }
+        self.node = helper.make_node(operator, names, self.outputs, domain=domain, **attributes)
         self.weights = weights
         self.imports = {"": example.opset, HARNESS: 1, **({domain: 1} if domain else {})}
 

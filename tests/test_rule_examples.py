@@ -66,7 +66,8 @@ class Unread(Pointwise):
     def layout(self, state):
         """Stand in order."""
         mask = state.mask(self.out)
-        counts = [int(mask.any(axis=tuple({0, 1, 2} - {dim})).sum()) for dim in range(3)]
+        dims = set(range(mask.ndim))
+        counts = [int(mask.any(axis=tuple(dims - {dim})).sum()) for dim in range(mask.ndim)]
         state.layouts[self.out] = np.flatnonzero(mask).reshape(counts)
 
 
