@@ -15,6 +15,7 @@ from etp_deploy.surgery.statements.contraction import Contraction
 from etp_deploy.surgery.statements.moves import Reshape
 from etp_deploy.surgery.statements.pointwise import Pointwise
 from etp_deploy.surgery.statements.product import Product
+from etp_deploy.surgery.stored import is_weight_type
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -118,8 +119,7 @@ def _pin_grown(analysis: Analysis, edits: NodeEdits) -> bool:
 
 
 def _shared_weight(value: ir.Value) -> bool:
-    floating = value.dtype is not None and value.dtype.is_floating_point()
-    return is_parameter(value) and floating and len(value.uses()) > 1
+    return is_parameter(value) and is_weight_type(value.dtype) and len(value.uses()) > 1
 
 
 def layers(analysis: Analysis) -> list[Layer]:
@@ -199,7 +199,7 @@ def reason(analysis: Analysis, index: int) -> str:
 
 
 def _kind(analysis: Analysis, says: Contraction) -> str:
-    if says.node.op_type in {"Conv", "ConvTranspose"}:
+    if says.windowed:
         return "channels"
     return "projections" if _feeds_heads(analysis, says.out) else "neurons"
 

@@ -26,12 +26,14 @@ from etp_deploy.surgery.statements.base import (
     SetAttribute,
     SetInput,
     Statement,
+    TakeEntries,
     array_of,
     default_layout,
     set_plain,
 )
 from etp_deploy.surgery.statements.pointwise import missing_rows
 from etp_deploy.surgery.statements.weights import Weight, take_merged
+from etp_deploy.surgery.stored import stored
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -39,6 +41,13 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from etp_deploy.surgery.state import State
+
+
+CONVOLUTIONS = frozenset({"Conv", "ConvTranspose", "QLinearConv", "ConvInteger"})
+# matrix products that may transpose their data
+TRANSPOSING = frozenset({"Gemm", "QGemm"})
+# what float32 sums of products may be off by, as a share of the products' magnitudes
+ROUNDING = 1e-6
 
 
 class Contraction(Statement):
@@ -85,6 +94,11 @@ class Contraction(Statement):
         self._seen: np.ndarray | None = None
         self._constants: tuple[np.ndarray, np.ndarray] | None = None
 
+    @property
+    def windowed(self) -> bool:
+        """Whether the operator slides a window over space, a convolution."""
+        return self.node.op_type in CONVOLUTIONS
+
     # structure
 
     def structure(self, state: State) -> None:
@@ -122,23 +136,27 @@ class Contraction(Statement):
 
     def _passes(self, axis: int) -> bool:
         """Whether an axis of the data is an axis of the output, index by index (all but Conv's space)."""
-        return axis != self.data_axis and (self.node.op_type in {"MatMul", "Gemm"} or axis == 0)
+        return axis != self.data_axis and (not self.windowed or axis == 0)
 
     def _source_axis(self, out_axis: int) -> int | None:
         """Return the data's axis that an output axis comes from; MatMul and Gemm exchange one, Conv keeps all."""
         if out_axis == self.out_axis:
             return None
-        if self.node.op_type == "Gemm" and self.data_axis == 0:
+        if self.node.op_type in TRANSPOSING and self.data_axis == 0:
             return 1
         return out_axis
 
-    def _sums(self, value: np.ndarray) -> np.ndarray:
-        """Return sum_i w[o, i] * value[i] over groups and kernels, as it may be added to the bias."""
+    def _sums(self, value: np.ndarray, *, magnitudes: bool = False) -> np.ndarray:
+        """Return sum_i w[o, i] * value[i] over groups and kernels, as it may be added to the bias.
+
+        With `magnitudes`, of the weight's magnitudes.
+        """
         result = np.zeros(self.nonzero.shape[:2])
         for group in range(self.nonzero.shape[0]):
             columns = np.flatnonzero(value[group])
             if columns.size:
-                weights = self._flat[group][:, columns].sum(axis=2, dtype=np.float64)
+                chosen = self._flat[group][:, columns]
+                weights = (np.abs(chosen) if magnitudes else chosen).sum(axis=2, dtype=np.float64)
                 result[group] = weights @ value[group][columns]
         return result * self.bias_scale
 
@@ -222,12 +240,19 @@ class Contraction(Statement):
             rows = bias.reshape(-1, bias.shape[-1] if bias.ndim else 1)
             ok = ok & np.broadcast_to((rows == rows[:1]).all(axis=0), ok.shape)
             result = result + rows[0].astype(np.float64)
-        result = result * self.out_scale
         shape = [1] * len(self._out_frame)
         shape[self._out_dim] = -1
-        dtype = self._array().dtype
         if ok.size == self._out_frame[self._out_dim]:
-            state.set_constant(self.out, ok.reshape(shape), result.astype(dtype).reshape(shape))
+            state.set_constant(self.out, ok.reshape(shape), self._finished(result).reshape(shape))
+
+    def _finished(self, result: np.ndarray) -> np.ndarray:
+        """Return the output for a sum with its bias."""
+        return (result * self.out_scale).astype(self._array().dtype)
+
+    @property
+    def _sum_type(self) -> np.dtype:
+        """The type of the bias."""
+        return self._array().dtype
 
     # masks
 
@@ -249,8 +274,21 @@ class Contraction(Statement):
         if kept.shape[0] == 1:
             self._needed[0] |= self.nonzero[0][kept[0] & ~self._seen[0]].any(axis=0)
         self._seen = kept.copy()
-        wanted = self._needed & ~self._held(state)[0]
-        self._grow_inputs(state, wanted, Cause("read with a weight that is not zero by", self.node, self.out))
+        known, value = self._held(state)
+        self._grow_inputs(
+            state, self._needed & ~known, Cause("read with a weight that is not zero by", self.node, self.out)
+        )
+        rigid = self._rigid()
+        if rigid:
+            cause = Cause(rigid, self.node, self.out, spare=True)
+            self._grow_inputs(state, self._needed & (value != 0), cause)
+
+    def _rigid(self) -> str:
+        """Return why removed constants that are not zero could not be made up for; empty where they can."""
+        form = stored(self.node.inputs[self.weight.index])
+        if self.bordered and form is not None and form.quantized:
+            return "its constant meets zero padding, and no quantised weight can carry it, at"
+        return ""
 
     def keep_inputs(self, state: State, wanted: np.ndarray, text: str) -> bool:
         """Keep dead input channels (a vector along the contracted axis) for a reason; return whether any is new."""
@@ -349,7 +387,7 @@ class Contraction(Statement):
         The result is True for each channel of a group, as (group, input of the group), that the group could keep
         as its carrier, and all False where nothing is needed.
         """
-        if not (self.active and self.bordered and self._data_dims):
+        if not (self.active and self.bordered and self._data_dims) or self._rigid():
             return np.zeros((1, 1), bool)
         known, value = self._held(state)
         usable = known & (value != 0)
@@ -457,11 +495,18 @@ class Contraction(Statement):
             grouped = self._with_carrier(grouped, gone, known & inputs, value)
         order = state.layouts[self.out]
         channels = self._out_channels(order)
-        yield SetInput(self.weight.index, self.weight.ungrouped(self._cut(state, grouped, channels)))
+        yield self._weight_edit(state, grouped, channels)
         yield from self._bias_edits(channels, gone, value, folded and not self.bordered)
         groups = len(self._group_order(state))
         if self.weight.groups > 1 and groups != self.weight.groups:
             yield SetAttribute("group", groups)
+
+    def _weight_edit(self, state: State, grouped: np.ndarray, channels: np.ndarray) -> Edit:
+        if stored(self.node.inputs[self.weight.index]) is None:
+            return SetInput(self.weight.index, self.weight.ungrouped(self._cut(state, grouped, channels)))
+        array = self._array()
+        places = self.weight.grouped(np.arange(array.size).reshape(array.shape))
+        return TakeEntries(self.weight.index, self.weight.ungrouped(self._cut(state, places, channels)))
 
     def _out_channels(self, layout: np.ndarray) -> np.ndarray:
         if self._out_frame[self._out_dim] == 1:
@@ -503,15 +548,18 @@ class Contraction(Statement):
     def _bias_edits(
         self, channels: np.ndarray, gone: np.ndarray, value: np.ndarray, folded: bool
     ) -> Iterator[Edit]:
-        dtype = self._array().dtype
-        share = self._sums(np.where(gone, value, 0.0)).reshape(-1)[channels]
+        dtype = self._sum_type
+        removed = np.where(gone, value, 0.0)
+        share = self._sums(removed).reshape(-1)[channels]
         bias = array_of(self._bias_value())
         if bias is not None and self.bias is not None:
-            cut = bias if not bias.ndim or bias.shape[-1] == 1 else np.take(bias, channels, axis=-1)
+            along = channels if bias.ndim and bias.shape[-1] > 1 else np.zeros(len(channels), np.int64)
+            places = np.arange(bias.size).reshape(bias.shape or (1,))
             if folded:
-                cut = (cut.astype(np.float64) + share).astype(dtype)
-            if folded or cut.shape != bias.shape:
-                yield SetInput(self.bias, cut)
+                slack = ROUNDING * self._sums(np.abs(removed), magnitudes=True).reshape(-1)[channels]
+                yield TakeEntries(self.bias, np.take(places, along, axis=-1), share, np.abs(slack))
+            elif bias.ndim and bias.shape[-1] not in {1, len(channels)}:
+                yield TakeEntries(self.bias, np.take(places, along, axis=-1))
         elif folded and self.bias is not None:
             yield SetInput(self.bias, share.astype(dtype))
         elif folded:
