@@ -128,9 +128,8 @@ class Rewriter:
 
     def _shared(self, name: str, array: np.ndarray) -> ir.Value:
         """Return an initializer with this name and content, one for all nodes whose cuts come out equal."""
-        digest = hashlib.sha256(
-            f"{array.dtype} {array.shape}".encode() + np.ascontiguousarray(array).data
-        ).digest()
+        content = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        digest = hashlib.sha256(f"{array.dtype} {array.shape}".encode() + content.data).digest()
         if (name, digest) not in self._cut:
             self._cut[name, digest] = self._named(array, name)
         return self._cut[name, digest]

@@ -46,6 +46,9 @@ if TYPE_CHECKING:
 CONVOLUTIONS = frozenset({"Conv", "ConvTranspose", "QLinearConv", "ConvInteger"})
 # matrix products that may transpose their data
 TRANSPOSING = frozenset({"Gemm", "QGemm"})
+NO_CARRIER = (
+    "its constant meets zero padding, and the weight cannot carry it in the form in which it is stored, at"
+)
 # what float32 sums of products may be off by, as a share of the products' magnitudes
 ROUNDING = 1e-6
 
@@ -285,9 +288,8 @@ class Contraction(Statement):
 
     def _rigid(self) -> str:
         """Return why removed constants that are not zero could not be made up for; empty where they can."""
-        form = stored(self.node.inputs[self.weight.index])
-        if self.bordered and form is not None and form.quantized:
-            return "its constant meets zero padding, and no quantised weight can carry it, at"
+        if self.bordered and stored(self.node.inputs[self.weight.index]) is not None:
+            return NO_CARRIER
         return ""
 
     def keep_inputs(self, state: State, wanted: np.ndarray, text: str) -> bool:

@@ -11,7 +11,7 @@ from etp_deploy.surgery.evaluate import evaluate
 from etp_deploy.surgery.shapes import frame, is_parameter
 from etp_deploy.surgery.state import Cause
 from etp_deploy.surgery.statements.base import TakeEntries, array_of
-from etp_deploy.surgery.statements.contraction import Contraction
+from etp_deploy.surgery.statements.contraction import NO_CARRIER, Contraction
 from etp_deploy.surgery.statements.pointwise import Pointwise
 from etp_deploy.surgery.statements.select import Select
 
@@ -117,7 +117,7 @@ class IntegerContraction(Contraction):
 
     def _rigid(self) -> str:
         if self.bordered:
-            return "its constant meets zero padding, and no quantised weight can carry it, at"
+            return NO_CARRIER
         return self.rigid
 
     def spread(self, state: State) -> None:
