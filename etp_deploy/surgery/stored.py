@@ -26,6 +26,7 @@ _KEY = "etp_deploy.stored"
 # the Microsoft operators are the standard ones for more types at older opsets
 _DOMAINS = frozenset({"", "ai.onnx", "com.microsoft"})
 _NARROW = 16
+_MOVES = frozenset({"Reshape", "Squeeze", "Transpose", "Unsqueeze"})
 # integers that numpy and the runtime exchange
 _EXCHANGED = frozenset({np.dtype(kind) for kind in ("int8", "uint8", "int16", "uint16")})
 
@@ -143,6 +144,14 @@ class Stored:
         )
         return np.transpose(flat, np.argsort(permutation))
 
+    def block_along(self, axis: int) -> int:
+        """Return how many neighbours along an axis of the weight share a scale; 1 where each has its own, or all."""
+        at = self.axis
+        for step in self.steps:
+            if step.operator == "Transpose":
+                at = _permutation(step, self.entries.ndim).index(at)
+        return self.block if self.block and at == axis else 1
+
     def plus(self, added: np.ndarray, slack: np.ndarray) -> Stored | None:
         """Return the form of the weight with an array added, where it comes within the slack of one.
 
@@ -195,12 +204,28 @@ def unpack(graph: ir.Graph, constant: Callable[[ir.Graph, np.ndarray, str], ir.V
                 out.replace_all_uses_with(constant(graph, entries, out.name or "quantized"))
                 graph.remove(node, safe=True)
             continue
+        if node.op_type in _MOVES and stored(node.inputs[0]) is None:
+            _fold_move(graph, node, constant)
+            continue
         form = _form(node)
         if form is not None:
             weight = constant(graph, form.values(), f"{out.name}")
             set_stored(weight, form)
             out.replace_all_uses_with(weight)
             graph.remove(node, safe=True)
+
+
+def _fold_move(
+    graph: ir.Graph, node: ir.Node, constant: Callable[[ir.Graph, np.ndarray, str], ir.Value]
+) -> None:
+    """Replace a weight that only this node moves by what it makes of it; that holds as many entries."""
+    source, out = node.inputs[0], node.outputs[0]
+    if source is None or len(source.uses()) > 1 or not is_weight_type(source.dtype):
+        return
+    moved = evaluate(node, [_array(value) for value in node.inputs])
+    if moved is not None:
+        out.replace_all_uses_with(constant(graph, moved, out.name or "moved"))
+        graph.remove(node, safe=True)
 
 
 def _given(value: ir.Value | None) -> bool:

@@ -23,7 +23,9 @@ from etp_deploy.surgery.statements.quantized import (
     Dequantize,
     DynamicQuantize,
     IntegerContraction,
+    PackedContraction,
     QuantizedConcat,
+    QuantizedMean,
 )
 from etp_deploy.surgery.statements.weights import Weight
 
@@ -318,6 +320,21 @@ def qgemm(node: ir.Node) -> Statement:
     )
 
 
+@rule("MatMulNBits", domain=MICROSOFT)
+def matmul_n_bits(node: ir.Node) -> Statement:
+    """y[..., m] = sum_k x[..., k] * (b[m, k] - zero[m, k // block]) * scale[m, k // block] + bias[m]"""
+    packed = constant_at(node, 1, "the weight is")
+    for index in (2, 3, 5):
+        if input_at(node, index) is not None:
+            constant_at(node, index, "the weight's scale, zero point or bias is")
+    if input_at(node, 4) is not None:
+        raise RefusedError("its groups are listed index by index")
+    bits = int(attribute(node, "bits", 4))
+    if bits not in {2, 4, 8} or packed.ndim != 3 or attribute(node, "weight_prepacked", 0):
+        raise RefusedError("its weight is packed in another way")
+    return PackedContraction(node, bits=bits, block=int(attribute(node, "block_size", 0)))
+
+
 # elementwise and pooling
 
 
@@ -353,19 +370,9 @@ def qlinear_pool(node: ir.Node) -> Statement:
         raise RefusedError("channels are last")
     _scalars(node, 1, 2, 3, 4)
     axes = rank(node.inputs[0])
-    same = [array_of(input_at(node, index)) for index in (1, 3, 2, 4)]
-    kept = all(
-        a is not None and b is not None and a.size == b.size == 1 and a.reshape(-1) == b.reshape(-1)
-        for a, b in (same[:2], same[2:])
-    )
-    counted = bool(attribute(node, "count_include_pad", 0)) and padded(node)
-    # a mean scaled anew is rounded by the number of its terms: only the same scale leaves a constant what it is
-    return Pointwise(
-        node,
-        {0: (0, 1, *([None] * (axes - 2)))},
-        constants="pass" if kept and not counted else "none",
-        whole="pooled over",
-    )
+    if attribute(node, "count_include_pad", 0) and padded(node):
+        return Pointwise(node, {0: (0, 1, *([None] * (axes - 2)))}, constants="none", whole="pooled over")
+    return QuantizedMean(node, {0: (0, 1, *([None] * (axes - 2)))}, whole="pooled over")
 
 
 @rule("QLinearConcat", domain=MICROSOFT)

@@ -118,6 +118,11 @@ class Contraction(Statement):
         if labels > 1 or (labels and self.weight.groups > 1 and len(structure[self.data_axis]) > 1):
             state.pin(self.data, self.data_axis, "several axes are merged here", self.node)
             structure = _without_labels(structure, self.data_axis)
+        if self._block() > 1 and not all(factor.labelled for factor in structure[self.data_axis]):
+            state.pin(
+                self.data, self.data_axis, "channels that share a scale are merged with others", self.node
+            )
+            structure = _without_labels(structure, self.data_axis)
         out = list(plain(shape))
         for axis in range(len(out)):
             source = self._source_axis(axis)
@@ -364,7 +369,20 @@ class Contraction(Statement):
         grown = self._repair_batch(state)
         if self.weight.groups > 1:
             grown |= self._repair_groups(state)
-        return grown
+        return grown | (self._block() > 1 and self._repair_blocks(state))
+
+    def _block(self) -> int:
+        """Return how many neighbouring input channels can only go together, since they share a scale."""
+        form = stored(self.node.inputs[self.weight.index])
+        return 1 if form is None or self.weight.groups > 1 else form.block_along(self.weight.contracted)
+
+    def _repair_blocks(self, state: State) -> bool:
+        if not self._data_dims:
+            return False
+        kept = self.kept_inputs(state)[0]
+        blocks = np.arange(kept.size) // self._block()
+        cause = Cause("a block of channels shares a scale at", self.node, spare=True)
+        return self._grow_inputs(state, np.isin(blocks, blocks[kept]), cause)
 
     def _repair_batch(self, state: State) -> bool:
         if not self._batch or not self._data_dims:
@@ -480,6 +498,15 @@ class Contraction(Statement):
             raise ConflictError([self.data, self.out])
         return np.asarray(rows[:, 0])
 
+    def check(self, state: State) -> None:
+        """Raise a conflict where channels that share a scale no longer stand together."""
+        block = self._block() if self.active else 1
+        if block == 1 or not self._data_dims:
+            return
+        order = self._input_order(state)
+        if not np.array_equal(order % block, np.arange(order.size) % block):
+            raise ConflictError([self.data])
+
     # edits
 
     def edits(self, state: State) -> Iterator[Edit]:
@@ -497,15 +524,20 @@ class Contraction(Statement):
             grouped = self._with_carrier(grouped, gone, known & inputs, value)
         order = state.layouts[self.out]
         channels = self._out_channels(order)
-        yield self._weight_edit(state, grouped, channels)
+        yield from self._weight_edits(state, grouped, channels)
         yield from self._bias_edits(channels, gone, value, folded and not self.bordered)
         groups = len(self._group_order(state))
         if self.weight.groups > 1 and groups != self.weight.groups:
             yield SetAttribute("group", groups)
 
-    def _weight_edit(self, state: State, grouped: np.ndarray, channels: np.ndarray) -> Edit:
+    def _weight_edits(self, state: State, grouped: np.ndarray, channels: np.ndarray) -> Iterator[Edit]:
+        """Cut the weight, in the form in which it is stored."""
         if stored(self.node.inputs[self.weight.index]) is None:
-            return SetInput(self.weight.index, self.weight.ungrouped(self._cut(state, grouped, channels)))
+            yield SetInput(self.weight.index, self.weight.ungrouped(self._cut(state, grouped, channels)))
+            return
+        yield self._entries_edit(state, channels)
+
+    def _entries_edit(self, state: State, channels: np.ndarray) -> Edit:
         array = self._array()
         places = self.weight.grouped(np.arange(array.size).reshape(array.shape))
         return TakeEntries(self.weight.index, self.weight.ungrouped(self._cut(state, places, channels)))
