@@ -39,7 +39,7 @@ class ModelSizes:
     """Sizes of a model.
 
     Attributes:
-        parameters: elements of all constants of a type that weights have (floating point, or integers of at most 16 bits),
+        parameters: elements of all constants of a type that weights have (floating point, integers of at most 16 bits),
             initializers and Constant nodes, in all graphs.
         bytes: of the file, with its external data.
         macs: multiply-accumulates of convolutions and matrix products for one sample, dynamic sizes at 16;
