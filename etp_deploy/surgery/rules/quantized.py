@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from etp_deploy.surgery.examples import Operand, computed, example, literal, weight
 from etp_deploy.surgery.rules.common import (
     attribute,
     constant_at,
@@ -39,7 +40,39 @@ if TYPE_CHECKING:
 
 MICROSOFT = "com.microsoft"
 NO_BIAS = "its constant would need a bias, which is not there at"
-UNKNOWN_SCALE = "its constant would be scaled while the model runs at"
+
+
+BYTES, SIGNED = "uint8", "int8"
+
+
+def _scale(*entries: float) -> Operand:
+    return literal(entries if len(entries) > 1 else (*entries, 0.1)[0], "float32")
+
+
+def _zero(*entries: int, dtype: str = BYTES) -> Operand:
+    return literal(entries if len(entries) > 1 else (*entries, 2)[0], dtype)
+
+
+_SCALES, _POINTS = (0.5, 0.1, 0.2, 0.3, 1.0, 0.7), (3, 0, 1, 2, 3, 1)
+_QUANTIZE = (
+    example(computed(2, 6, 3), _scale(), _zero()),
+    example(computed(2, 6, 3), _scale(*_SCALES), _zero(*_POINTS), axis=1),
+    example(computed(2, 5, 6), _scale(*_SCALES), _zero(*_POINTS), axis=-1),
+    example(computed(2, 6, 3), _scale(0.2), _zero(1), axis=1),
+)
+_DEQUANTIZE = (
+    example(computed(2, 6, 3, dtype=BYTES), _scale(), _zero()),
+    example(computed(2, 6, 3, dtype=SIGNED), _scale(*_SCALES), _zero(*_POINTS, dtype=SIGNED), axis=1),
+    example(computed(2, 5, 6, dtype=BYTES), _scale(*_SCALES), _zero(*_POINTS), axis=-1),
+    example(computed(2, 6, 3, dtype=BYTES), _scale(0.2), axis=1),
+)
+_BLOCKED = example(
+    computed(2, 6, dtype=SIGNED),
+    literal([[0.5, 0.1], [0.2, 0.3]], "float32"),
+    axis=1,
+    block_size=3,
+    removable=False,
+)
 
 
 # to and from quantised tensors
@@ -59,21 +92,24 @@ def _scaled_maps(node: ir.Node) -> dict[int, AxisMap]:
     return maps
 
 
-@rule("QuantizeLinear")
-@rule("QuantizeLinear", domain=MICROSOFT)
+@rule("QuantizeLinear", examples=_QUANTIZE)
+@rule("QuantizeLinear", domain=MICROSOFT, examples=_QUANTIZE)
 def quantize(node: ir.Node) -> Statement:
     """y[..., c, ...] = saturate(round(x[..., c, ...] / scale[c]) + zero[c])"""
     return Pointwise(node, _scaled_maps(node))
 
 
-@rule("DequantizeLinear")
-@rule("DequantizeLinear", domain=MICROSOFT)
+@rule("DequantizeLinear", examples=(*_DEQUANTIZE, _BLOCKED))
+@rule("DequantizeLinear", domain=MICROSOFT, examples=_DEQUANTIZE)
 def dequantize(node: ir.Node) -> Statement:
     """y[..., c, ...] = (x[..., c, ...] - zero[c]) * scale[c]"""
     return Dequantize(node, _scaled_maps(node))
 
 
-@rule("DynamicQuantizeLinear")
+@rule(
+    "DynamicQuantizeLinear",
+    examples=(example(computed(2, 6, 3), outputs=3), example(computed(2, 6), outputs=3)),
+)
 def dynamic_quantize(node: ir.Node) -> Statement:
     """y[...], scale, zero = quantised x[...] with the scale that its largest and smallest entry and 0 ask for"""
     return DynamicQuantize(node, {0: same_axes(rank(node.inputs[0]))})
@@ -145,8 +181,34 @@ def _weight_scale(node: ir.Node, index: int) -> np.ndarray:
     return constant_at(node, index, "the weight's scale is").astype(np.float32).reshape(-1)
 
 
-@rule("QLinearConv")
-@rule("QLinearConv", domain=MICROSOFT)
+_DATA = (computed(2, 4, 5, 5, dtype=BYTES), _scale(0.2), _zero(1))
+_OUT = (_scale(0.3), _zero(3))
+_BIAS = literal((5, -7, 0, 11, 2, -3), "int32")
+_ROWS = (weight(6, 4, 3, 3, dtype=SIGNED), _scale(*_SCALES), _zero(0, 0, 0, 0, 0, 0, dtype=SIGNED))
+_CONV = (
+    example(*_DATA, *_ROWS, *_OUT, _BIAS),
+    example(*_DATA, *_ROWS, *_OUT, _BIAS, pads=[1, 1, 1, 1]),
+    example(*_DATA, *_ROWS, *_OUT, auto_pad="SAME_UPPER"),
+    example(*_DATA, *_ROWS, *_OUT),
+    example(*_DATA, weight(6, 4, 3, 3, dtype=BYTES), _scale(0.1), _zero(2), *_OUT, _BIAS),
+    example(
+        *_DATA, weight(6, 2, 3, 3, dtype=SIGNED), _scale(0.1), _zero(0, dtype=SIGNED), *_OUT, _BIAS, group=2
+    ),
+    example(*_DATA, weight(4, 1, 3, 3, dtype=SIGNED), _scale(0.1), _zero(0, dtype=SIGNED), *_OUT, group=4),
+)
+
+
+@rule("QLinearConv", examples=_CONV)
+@rule(
+    "QLinearConv",
+    domain=MICROSOFT,
+    examples=(
+        *_CONV[:1],
+        example(
+            computed(2, 5, 5, 4, dtype=BYTES), *_DATA[1:], *_ROWS, *_OUT, channels_last=1, removable=False
+        ),
+    ),
+)
 def qlinear_conv(node: ir.Node) -> Statement:
     """y[n, o, ...] = requantise(sum_i,k (x[n, i, ... + k] - zero) * (w[o, i, k] - w_zero[o]) + b[o])"""
     if attribute(node, "channels_last", 0):
@@ -171,7 +233,15 @@ def qlinear_conv(node: ir.Node) -> Statement:
     )
 
 
-@rule("ConvInteger")
+@rule(
+    "ConvInteger",
+    examples=(
+        example(_DATA[0], weight(6, 4, 3, 3, dtype=BYTES), _zero(1), _zero(0)),
+        example(_DATA[0], weight(6, 4, 3, 3, dtype=BYTES), _zero(1), pads=[1, 1, 1, 1]),
+        example(_DATA[0], weight(6, 4, 3, 3, dtype=BYTES)),
+        example(_DATA[0], weight(6, 2, 1, 1, dtype=BYTES), _zero(3), _zero(1), group=2),
+    ),
+)
 def conv_integer(node: ir.Node) -> Statement:
     """y[n, o, ...] = sum_i,k (x[n, i, ... + k] - zero) * (w[o, i, k] - w_zero[o])"""
     weight = Weight(1, out=0, contracted=1, groups=attribute(node, "group", 1))
@@ -188,7 +258,36 @@ def conv_integer(node: ir.Node) -> Statement:
     )
 
 
-@rule("QLinearMatMul")
+_SEQUENCE = computed(2, 5, 6, dtype=BYTES)
+_EIGHT = tuple(0.1 * (1 + column) for column in range(8))
+
+
+@rule(
+    "QLinearMatMul",
+    examples=(
+        example(
+            _SEQUENCE,
+            *_DATA[1:],
+            weight(6, 8, dtype=SIGNED),
+            _scale(*_EIGHT),
+            _zero(*[0] * 8, dtype=SIGNED),
+            *_OUT,
+        ),
+        example(_SEQUENCE, *_DATA[1:], weight(6, 8, dtype=BYTES), _scale(0.1), _zero(2), *_OUT),
+        example(
+            _SEQUENCE,
+            *_DATA[1:],
+            computed(2, 6, 8, dtype=BYTES),
+            _scale(0.1),
+            _zero(2),
+            *_OUT,
+            removable=False,
+        ),
+        example(
+            _SEQUENCE, *_DATA[1:], weight(2, 6, 8, dtype=BYTES), _scale(0.1), _zero(2), *_OUT, removable=False
+        ),
+    ),
+)
 def qlinear_matmul(node: ir.Node) -> Statement:
     """y[..., m] = requantise(sum_k (a[..., k] - zero) * (b[k, m] - b_zero[m]))"""
     axis = _matrix(node, 3)
@@ -216,7 +315,16 @@ def _matrix(node: ir.Node, index: int) -> int:
     return rank(node.inputs[0]) - 1
 
 
-@rule("MatMulInteger")
+@rule(
+    "MatMulInteger",
+    examples=(
+        example(_SEQUENCE, weight(6, 8, dtype=SIGNED), _zero(1), _zero(*[0, 1] * 4, dtype=SIGNED)),
+        example(_SEQUENCE, weight(6, 8, dtype=BYTES), _zero(1), _zero(0)),
+        example(_SEQUENCE, weight(6, 8, dtype=BYTES)),
+        example(computed(3, 6, dtype=BYTES), weight(6, 8, dtype=BYTES), _zero(1, 2, 3), removable=False),
+        example(_SEQUENCE, weight(6, 8, dtype=BYTES), computed(dtype=BYTES)),
+    ),
+)
 def matmul_integer(node: ir.Node) -> Statement:
     """y[..., m] = sum_k (a[..., k] - zero) * (b[k, m] - b_zero[m])"""
     axis = _matrix(node, 1)
@@ -234,7 +342,27 @@ def matmul_integer(node: ir.Node) -> Statement:
     )
 
 
-@rule("MatMulIntegerToFloat", domain=MICROSOFT)
+_FLOAT_BIAS = literal([0.5, -1.0, 0.0, 2.0, 0.25, -0.75, 1.0, 3.0], "float32")
+
+
+@rule(
+    "MatMulIntegerToFloat",
+    domain=MICROSOFT,
+    examples=(
+        example(
+            _SEQUENCE,
+            weight(6, 8, dtype=SIGNED),
+            _scale(),
+            _scale(*_EIGHT),
+            _zero(),
+            _zero(*[0] * 8, dtype=SIGNED),
+        ),
+        example(_SEQUENCE, weight(6, 8, dtype=BYTES), _scale(), _scale(0.3), _zero(), _zero(0), _FLOAT_BIAS),
+        example(
+            _SEQUENCE, weight(6, 8, dtype=BYTES), computed(), _scale(0.3), _zero(), _zero(0), _FLOAT_BIAS
+        ),
+    ),
+)
 def matmul_integer_to_float(node: ir.Node) -> Statement:
     """y[..., m] = sum_k (a[..., k] - zero) * (b[k, m] - b_zero[m]) * scale * b_scale[m] + bias[m]"""
     axis = _matrix(node, 1)
@@ -243,8 +371,6 @@ def matmul_integer_to_float(node: ir.Node) -> Statement:
     scale = array_of(node.inputs[2])
     if input_at(node, 6) is not None:
         constant_at(node, 6, "the bias is")
-    known = scale is not None and scale.size == 1
-    factor = float(scale.reshape(-1)[0]) if scale is not None and known else 0.0
     return IntegerContraction(
         node,
         data=0,
@@ -254,10 +380,11 @@ def matmul_integer_to_float(node: ir.Node) -> Statement:
         zeros=(4, 5),
         along=_by_channel(node, weight, 3, 5),
         finish=_floats,
-        rigid="" if known else UNKNOWN_SCALE,
         bias=6,
         sums="float32",
-        scale=factor * _weight_scale(node, 3),
+        scale=float(scale.reshape(-1)[0]) * _weight_scale(node, 3)
+        if scale is not None and scale.size == 1
+        else None,
     )
 
 
@@ -265,7 +392,16 @@ def _floats(result: np.ndarray) -> np.ndarray:
     return result.astype(np.float32)
 
 
-@rule("DynamicQuantizeMatMul", domain=MICROSOFT)
+@rule(
+    "DynamicQuantizeMatMul",
+    domain=MICROSOFT,
+    examples=(
+        example(
+            computed(2, 5, 6), weight(6, 8, dtype=SIGNED), _scale(*_EIGHT), _zero(*[0] * 8, dtype=SIGNED)
+        ),
+        example(computed(2, 5, 6), weight(6, 8, dtype=BYTES), _scale(0.3), _zero(0), _FLOAT_BIAS),
+    ),
+)
 def dynamic_matmul(node: ir.Node) -> Statement:
     """y[..., m] = sum_k quantised(a)[..., k] * (b[k, m] - b_zero[m]) * b_scale[m] + bias[m]"""
     axis = _matrix(node, 1)
@@ -281,14 +417,29 @@ def dynamic_matmul(node: ir.Node) -> Statement:
         zeros=(None, 3),
         along=_by_channel(node, weight, 2, 3),
         finish=_floats,
-        rigid=UNKNOWN_SCALE,
+        scale=None,
         bias=4,
         sums="float32",
         ranged=True,
     )
 
 
-@rule("QGemm", domain=MICROSOFT)
+_ROW = (computed(3, 6, dtype=BYTES), _scale(0.2), _zero(1))
+_COLUMNS = (weight(6, 8, dtype=SIGNED), _scale(*_EIGHT), _zero(*[0] * 8, dtype=SIGNED))
+_SUMS = literal([5, -7, 0, 11, 2, -3, 4, 1], "int32")
+
+
+@rule(
+    "QGemm",
+    domain=MICROSOFT,
+    examples=(
+        example(*_ROW, *_COLUMNS, _SUMS, *_OUT, alpha=0.5),
+        example(*_ROW, weight(8, 6, dtype=BYTES), _scale(0.1), _zero(0), None, *_OUT, transB=1),
+        example(computed(6, 3, dtype=BYTES), *_ROW[1:], *_COLUMNS, _SUMS, *_OUT, transA=1),
+        example(*_ROW, *_COLUMNS, _SUMS),
+        example(*_ROW, *_COLUMNS, literal(np.arange(24).reshape(3, 8), "int32"), *_OUT, removable=False),
+    ),
+)
 def qgemm(node: ir.Node) -> Statement:
     """y[n, m] = requantise(sum_k (a[n, k] - zero) * (b[k, m] - b_zero[m]) + c[m]), a or b transposed on request"""
     weight = (
@@ -320,7 +471,50 @@ def qgemm(node: ir.Node) -> Statement:
     )
 
 
-@rule("MatMulNBits", domain=MICROSOFT)
+_PACKED = (
+    literal((np.arange(8 * 2 * 8) * 37 % 251).reshape(8, 2, 8), BYTES),
+    literal(np.linspace(0.1, 0.2, 16), "float32"),
+)
+
+
+@rule(
+    "MatMulNBits",
+    domain=MICROSOFT,
+    examples=(
+        example(computed(2, 3, 32), *_PACKED, K=32, N=8, bits=4, block_size=16),
+        example(
+            computed(2, 3, 32),
+            *_PACKED,
+            literal([0x21, 0x83, 0x65, 0x87, 0x78, 0x56, 0x34, 0x12], BYTES),
+            None,
+            _FLOAT_BIAS,
+            K=32,
+            N=8,
+            bits=4,
+            block_size=16,
+        ),
+        example(
+            computed(2, 3, 26),
+            *_PACKED,
+            literal(np.linspace(5, 9, 16), "float32"),
+            K=26,
+            N=8,
+            bits=4,
+            block_size=16,
+        ),
+        example(
+            computed(2, 3, 32),
+            *_PACKED,
+            None,
+            literal([0] * 16 + [1] * 16, "int32"),
+            K=32,
+            N=8,
+            bits=4,
+            block_size=16,
+            removable=False,
+        ),
+    ),
+)
 def matmul_n_bits(node: ir.Node) -> Statement:
     """y[..., m] = sum_k x[..., k] * (b[m, k] - zero[m, k // block]) * scale[m, k // block] + bias[m]"""
     packed = constant_at(node, 1, "the weight is")
@@ -344,7 +538,18 @@ def _scalars(node: ir.Node, *indices: int) -> None:
             _one(node, index, "a scale or zero point is")
 
 
-@rule("QLinearAdd", "QLinearMul", domain=MICROSOFT)
+_IMAGE = (computed(2, 6, 4, 4, dtype=BYTES), _scale(0.2), _zero(1))
+
+
+@rule(
+    "QLinearAdd",
+    "QLinearMul",
+    domain=MICROSOFT,
+    examples=(
+        example(*_IMAGE, computed(2, 6, 4, 4, dtype=BYTES), _scale(0.3), _zero(3), *_OUT),
+        example(*_IMAGE, weight(6, 1, 1, dtype=BYTES), _scale(0.3), _zero(3), *_OUT),
+    ),
+)
 def qlinear_binary(node: ir.Node) -> Statement:
     """y[...] = requantise(f(dequantised a[...], dequantised b[...])), broadcast"""
     _scalars(node, 1, 2, 4, 5, 6, 7)
@@ -356,14 +561,52 @@ def qlinear_binary(node: ir.Node) -> Statement:
     return Pointwise(node, maps)
 
 
-@rule("QLinearLeakyRelu", "QLinearSigmoid", domain=MICROSOFT)
+@rule(
+    "QLinearLeakyRelu",
+    "QLinearSigmoid",
+    domain=MICROSOFT,
+    examples=(example(*_IMAGE, _scale(0.3), _zero(3)),),
+)
 def qlinear_unary(node: ir.Node) -> Statement:
     """y[...] = requantise(f(dequantised x[...]))"""
     _scalars(node, 1, 2, 3, 4)
     return Pointwise(node, {0: same_axes(rank(node.inputs[0]))})
 
 
-@rule("QLinearGlobalAveragePool", "QLinearAveragePool", domain=MICROSOFT)
+@rule(
+    "QLinearGlobalAveragePool",
+    "QLinearAveragePool",
+    domain=MICROSOFT,
+    examples=(
+        example(*_IMAGE, _scale(0.3), _zero(3), operator="QLinearGlobalAveragePool"),
+        example(*_IMAGE, _scale(0.4), _zero(3), operator="QLinearGlobalAveragePool"),
+        example(
+            *_IMAGE,
+            _scale(0.3),
+            _zero(3),
+            operator="QLinearGlobalAveragePool",
+            channels_last=1,
+            removable=False,
+        ),
+        example(
+            *_IMAGE,
+            _scale(0.3),
+            _zero(3),
+            operator="QLinearAveragePool",
+            kernel_shape=[3, 3],
+            pads=[1, 1, 1, 1],
+        ),
+        example(
+            *_IMAGE,
+            _scale(0.3),
+            _zero(3),
+            operator="QLinearAveragePool",
+            kernel_shape=[3, 3],
+            pads=[1, 1, 1, 1],
+            count_include_pad=1,
+        ),
+    ),
+)
 def qlinear_pool(node: ir.Node) -> Statement:
     """y[n, c, ...] = requantise(mean over windows of dequantised x[n, c, ...])"""
     if attribute(node, "channels_last", 0):
@@ -375,7 +618,14 @@ def qlinear_pool(node: ir.Node) -> Statement:
     return QuantizedMean(node, {0: (0, 1, *([None] * (axes - 2)))}, whole="pooled over")
 
 
-@rule("QLinearConcat", domain=MICROSOFT)
+@rule(
+    "QLinearConcat",
+    domain=MICROSOFT,
+    examples=(
+        example(*_OUT, *_IMAGE, computed(2, 6, 4, 4, dtype=BYTES), _scale(0.3), _zero(3), axis=1),
+        example(*_OUT, *_IMAGE, computed(2, 6, 2, 4, dtype=BYTES), _scale(0.1), _zero(3), axis=2),
+    ),
+)
 def qlinear_concat(node: ir.Node) -> Statement:
     """y[..., offset + j, ...] = requantise(dequantised x_i[..., j, ...])"""
     axis = normal_axis(int(attribute(node, "axis", 0)), rank(node.outputs[0]))

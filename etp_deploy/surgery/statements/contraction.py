@@ -36,7 +36,7 @@ from etp_deploy.surgery.statements.weights import Weight, take_merged
 from etp_deploy.surgery.stored import stored
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     import onnx_ir as ir
 
@@ -136,7 +136,7 @@ class Contraction(Statement):
         out[self.out_axis] = labelled(outputs) if outputs > 1 else plain((1,))[0]
         self.active = True
         state.set_structure(self.out, tuple(out))
-        self._frames(structure, tuple(out))
+        self._frames(frame(state.structure(self.data) or structure), structure, tuple(out))
         if len(self._batch) and len(self._data_dims):
             state.product.add(self.data)
         if len(self._batch):
@@ -154,17 +154,18 @@ class Contraction(Statement):
             return 1
         return out_axis
 
-    def _sums(self, value: np.ndarray, *, magnitudes: bool = False) -> np.ndarray:
-        """Return sum_i w[o, i] * value[i] over groups and kernels, as it may be added to the bias.
+    def _sums(self, value: np.ndarray) -> np.ndarray:
+        """Return sum_i w[o, i] * value[i] over groups and kernels, as it may be added to the bias."""
+        return self._weighted(value, np.asarray)
 
-        With `magnitudes`, of the weight's magnitudes.
-        """
+    def _weighted(self, value: np.ndarray, form: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        """As `_sums`, of the weight in another form."""
         result = np.zeros(self.nonzero.shape[:2])
         for group in range(self.nonzero.shape[0]):
             columns = np.flatnonzero(value[group])
             if columns.size:
                 chosen = self._flat[group][:, columns]
-                weights = (np.abs(chosen) if magnitudes else chosen).sum(axis=2, dtype=np.float64)
+                weights = form(chosen).sum(axis=2, dtype=np.float64)
                 result[group] = weights @ value[group][columns]
         return result * self.bias_scale
 
@@ -173,10 +174,11 @@ class Contraction(Statement):
         assert array is not None
         return array
 
-    def _frames(self, structure: Structure, out: Structure) -> None:
-        self._data_frame, self._out_frame = frame(structure), frame(out)
+    def _frames(self, whole: tuple[int, ...], structure: Structure, out: Structure) -> None:
+        """Set the frames' dimensions; the data's frame is whole, though a pinned axis counts as one index."""
+        self._data_frame, self._out_frame = whole, frame(out)
         dims = frame_dims(structure, self.data_axis)
-        self._data_dims = [dim for dim in dims if self._data_frame[dim] > 1]
+        self._data_dims = [dim for dim in dims if frame(structure)[dim] > 1]
         self._out_dim = frame_dims(out, self.out_axis)[0]
         self._batch: list[tuple[int, int]] = []
         for axis in range(len(out)):
@@ -237,7 +239,7 @@ class Contraction(Statement):
         if not self.active:
             return
         known, value = self._held(state)
-        usable = known & (value == 0) if self.bordered else known
+        usable = known & (value == 0) if self._only_zeros() else known
         read_unknown = (self.nonzero & ~usable[:, None, :]).any(axis=2)
         if read_unknown.all():
             return
@@ -252,6 +254,10 @@ class Contraction(Statement):
         shape[self._out_dim] = -1
         if ok.size == self._out_frame[self._out_dim]:
             state.set_constant(self.out, ok.reshape(shape), self._finished(result).reshape(shape))
+
+    def _only_zeros(self) -> bool:
+        """Whether constants other than zero make an output that is not one."""
+        return self.bordered
 
     def _finished(self, result: np.ndarray) -> np.ndarray:
         """Return the output for a sum with its bias."""
@@ -590,8 +596,10 @@ class Contraction(Statement):
             along = channels if bias.ndim and bias.shape[-1] > 1 else np.zeros(len(channels), np.int64)
             places = np.arange(bias.size).reshape(bias.shape or (1,))
             if folded:
-                slack = ROUNDING * self._sums(np.abs(removed), magnitudes=True).reshape(-1)[channels]
-                yield TakeEntries(self.bias, np.take(places, along, axis=-1), share, np.abs(slack))
+                form = stored(self._bias_value())
+                slack = None if form is None else np.abs(self._weighted(np.abs(removed), np.abs)).reshape(-1)
+                allowed = None if slack is None else ROUNDING * slack[channels]
+                yield TakeEntries(self.bias, np.take(places, along, axis=-1), share, allowed)
             elif bias.ndim and bias.shape[-1] not in {1, len(channels)}:
                 yield TakeEntries(self.bias, np.take(places, along, axis=-1))
         elif folded and self.bias is not None:

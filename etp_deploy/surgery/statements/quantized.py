@@ -43,7 +43,7 @@ class IntegerContraction(Contraction):
         rigid: why constants other than zero cannot be folded; empty if they can.
         bias: as for `Contraction`.
         bordered: as for `Contraction`.
-        scale: what the integers' sum is multiplied by before the bias is added.
+        scale: what the integers' sum is multiplied by before the bias is added, None where that is computed.
         sums: the type of the bias.
         ranged: whether the range of the data's entries sets their scale, so that only zeros may go.
     """
@@ -62,7 +62,7 @@ class IntegerContraction(Contraction):
         rigid: str = "",
         bias: int | None = None,
         bordered: bool = False,
-        scale: np.ndarray | float = 1.0,
+        scale: np.ndarray | float | None = 1.0,
         sums: str = "int32",
         ranged: bool = False,
     ) -> None:
@@ -75,7 +75,8 @@ class IntegerContraction(Contraction):
             bias=bias,
             bordered=bordered,
         )
-        self.sum_scale = np.asarray(scale, np.float64).reshape(1, -1)
+        self.scaled = scale is not None
+        self.sum_scale = np.asarray(1.0 if scale is None else scale, np.float64).reshape(1, -1)
         self.zeros = zeros
         self.along = along
         self.finish = finish
@@ -96,8 +97,8 @@ class IntegerContraction(Contraction):
             self._centred_weight = weight
         return self._centred_weight
 
-    def _sums(self, value: np.ndarray, *, magnitudes: bool = False) -> np.ndarray:
-        return super()._sums(value, magnitudes=magnitudes) * self.sum_scale
+    def _weighted(self, value: np.ndarray, form: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        return super()._weighted(value, form) * self.sum_scale
 
     def _read_constants(self, state: State) -> tuple[np.ndarray, np.ndarray]:
         """Read constants less the zero point; where that is computed, only zeros are known."""
@@ -123,15 +124,16 @@ class IntegerContraction(Contraction):
     def _rigid(self) -> str:
         if self.bordered:
             return NO_CARRIER
-        return self.rigid
+        return self.rigid if self.scaled else "its constant would be scaled while the model runs at"
+
+    def _only_zeros(self) -> bool:
+        return self.bordered or not self.scaled
 
     def spread(self, state: State) -> None:
         """As any contraction; where the data's range matters, all that is not zero stays too."""
         super().spread(state)
-        if self.active and self.ranged and self._data_dims and state.mask(self.out).any():
-            known, value = self._held(state)
-            text = "it may set the range by which its tensor is quantised at"
-            self._grow_inputs(state, ~(known & (value == 0)), Cause(text, self.node, self.out, spare=True))
+        if self.active and self.ranged:
+            _keep_range(state, self.data, self.node)
 
     def _weight_edits(self, state: State, grouped: np.ndarray, channels: np.ndarray) -> Iterator[Edit]:
         del grouped
@@ -294,12 +296,17 @@ class DynamicQuantize(Pointwise):
         """Same positions on both sides; all that is not zero stays."""
         super().spread(state)
         data = self.node.inputs[0]
-        if data is None or not self.links:
-            return
-        constant = state.constant(data)
-        text = "it may set the range by which its tensor is quantised at"
-        wanted = np.ones((), bool) if constant is None else ~constant.zero
-        state.grow(data, wanted, Cause(text, self.node, spare=True))
+        if data is not None and self.links:
+            _keep_range(state, data, self.node)
+
+
+def _keep_range(state: State, data: ir.Value, node: ir.Node) -> None:
+    """Keep all that is not zero of a tensor whose range sets its scale; zero is in every range."""
+    constant = state.constant(data)
+    wanted = np.ones((), bool) if constant is None else ~constant.zero
+    state.grow(
+        data, wanted, Cause("it may set the range by which its tensor is quantised at", node, spare=True)
+    )
 
 
 class Dequantize(Pointwise):
