@@ -37,6 +37,15 @@ if TYPE_CHECKING:
             outputs=3,
             removable=False,
         ),
+        example(
+            computed(2, 6, 4),
+            weight(6),
+            weight(6),
+            weight(6),
+            literal([1, 2, 0.5, 1, 3, 1], "float32"),
+            training_mode=1,
+            removable=False,
+        ),
     ),
 )
 def batch_normalization(node: ir.Node) -> Statement:
