@@ -65,13 +65,13 @@ def integers(
         if count > 1
         else b.initializer(points.reshape(shaped.shape).astype(dtype), "k")
     )
-    return b.initializer(array.astype(dtype)), b.initializer(shaped, "k"), point, scales
+    return b.initializer(array.astype(dtype), "q"), b.initializer(shaped, "k"), point, scales
 
 
 def sums(b: Builder, data_scale: str, scales: np.ndarray, size: int) -> tuple[str, np.ndarray]:
     """Add a bias in units of the data's scale times the weight's; return it with the units."""
     units = np.broadcast_to(float(b.values[data_scale]) * scales.astype(np.float64), size)
-    return b.initializer(np.rint(b.vector(size) / units).astype(np.int32), "b"), units
+    return b.initializer(np.rint(b.vector(size) / units).astype(np.int32), "q"), units
 
 
 def dequantized(b: Builder, name: str | None, scale: str, point: str) -> bool:
@@ -280,7 +280,7 @@ def packed_product(b: Builder) -> bool:
     entries = b.random.integers(0, 256, (width, blocks, block // 2)).astype(np.uint8)
     entries[b.dead(width)] = 0x88
     scales = (0.02 + 0.05 * b.random.random(width * blocks)).astype(np.float32)
-    inputs = [x, b.initializer(entries), b.initializer(scales, "k")]
+    inputs = [x, b.initializer(entries, "q"), b.initializer(scales, "k")]
     attributes = {"K": size, "N": width, "bits": 4, "block_size": block}
     return b.add(b.emit("MatMulNBits", inputs, domain=MICROSOFT, **attributes))
 
@@ -292,9 +292,9 @@ def double(b: Builder) -> bool:
     if x is None or wide is None:
         return False
     weight = b.values[b.weight((b.shape(x)[-1], 6), b.shape(x)[-1], out=1, column=0)].astype(np.float64)
-    made = b.emit("MatMul", [wide, b.initializer(weight)])
+    made = b.emit("MatMul", [wide, b.initializer(weight, "q")])
     moved = (
-        None if made is None else b.emit("Add", [made, b.initializer(b.vector(6).astype(np.float64), "b")])
+        None if made is None else b.emit("Add", [made, b.initializer(b.vector(6).astype(np.float64), "q")])
     )
     active = None if moved is None else b.emit(b.choose.one_of(("Relu", "Tanh", "Sigmoid")), [moved])
     return active is not None and b.add(b.emit("Cast", [active], to=1))
