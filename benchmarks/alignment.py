@@ -104,16 +104,16 @@ def table(cells: dict[str, dict[str, Any]]) -> str:
         to_best.append(best)
         to_native.append(native)
         times = " | ".join(f"{ratio[column]:.3f}" for column in columns)
-        lines.append(
-            f"| {name} | {keep} | {cell['dense_us']:.0f} us | {times} | {best:.3f} | {native:.3f} |"
-        )
+        lines.append(f"| {name} | {keep} | {cell['dense_us']:.0f} us | {times} | {best:.3f} | {native:.3f} |")
     within = sum(value <= SLACK for value in to_best)
     slower = sum(cell["ratio"]["auto"]["time"] > 1 for cell in cells.values())
     mean = math.exp(sum(map(math.log, to_native)) / len(to_native))
     lines += [
         "",
-        f"auto within {SLACK - 1:.0%} of the best fixed alignment: {within} of {len(to_best)}; "
-        f"geometric mean {math.exp(sum(map(math.log, to_best)) / len(to_best)):.3f}.",
+        (
+            f"auto within {SLACK - 1:.0%} of the best fixed alignment: {within} of {len(to_best)}; "
+            f"geometric mean {math.exp(sum(map(math.log, to_best)) / len(to_best)):.3f}."
+        ),
         f"auto slower than dense: {slower}. auto against native, geometric mean: {mean:.3f}.",
     ]
     return "\n".join(lines) + "\n"
