@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,42 +17,55 @@ if TYPE_CHECKING:
 _WEIGHTS = {"Conv": (1, 0), "ConvTranspose": (1, 1), "Gemm": (1, 1), "MatMul": (1, 1)}
 
 
-def _weights(graph: ir.Graph) -> Iterator[tuple[ir.Value, int]]:
-    """Yield each weight once, with its axis of output channels."""
+def _weights(model: ir.Model) -> Iterator[tuple[ir.Value, ir.TensorProtocol, int]]:
+    """Yield each weight of the graph, its bodies and functions once: its value, its tensor, its output axis."""
     seen: set[ir.Value] = set()
-    for node in graph.all_nodes():
+    for node in chain(model.graph.all_nodes(), *(item.all_nodes() for item in model.functions.values())):
         index, axis = _WEIGHTS.get(node.op_type, (None, 0))
         if index is None or node.domain != "":
             continue
         value = node.inputs[index]
-        if value is None or not is_parameter(value) or value.const_value is None or value in seen:
+        array = None if value is None else _constant(value)
+        if value is None or array is None or value in seen:
             continue
         seen.add(value)
         if node.op_type == "Gemm" and node.attributes.get_int("transB", 0) != 0:
             axis = 0
-        array = value.const_value
         if array.dtype.is_floating_point() and len(array.shape) >= 2:
-            yield value, axis
+            yield value, array, axis
+
+
+def _constant(value: ir.Value) -> ir.TensorProtocol | None:
+    """Return the tensor of an initializer or of a Constant node."""
+    if is_parameter(value):
+        return value.const_value
+    node = value.producer()
+    if node is None or node.op_type != "Constant" or "value" not in node.attributes:
+        return None
+    return node.attributes["value"].as_tensor()
 
 
 def with_zeros(model: ir.Model, share: float) -> ir.Model:
     """Return a model in which weights below a share of their layer's largest are zero; the given one stays."""
     model = model.clone()
-    for value, _ in _weights(model.graph):
-        assert value.const_value is not None
-        array = value.const_value.numpy()
+    for value, tensor, _ in _weights(model):
+        array = tensor.numpy()
         small = np.abs(array) < share * np.abs(array).max(initial=0)
         if (small & (array != 0)).any():
-            value.const_value = ir.Tensor(np.where(small, np.zeros((), array.dtype), array), name=value.name)
+            fresh = ir.Tensor(np.where(small, np.zeros((), array.dtype), array), name=value.name)
+            node = value.producer()
+            if node is None:
+                value.const_value = fresh
+            else:
+                node.attributes["value"] = ir.AttrTensor("value", fresh)
     return model
 
 
 def newly_dead(model: ir.Model, share: float) -> int:
     """Return how many output channels are not zero but would be with this threshold."""
     count = 0
-    for value, axis in _weights(model.graph):
-        assert value.const_value is not None
-        array = value.const_value.numpy()
+    for _, tensor, axis in _weights(model):
+        array = tensor.numpy()
         largest = np.abs(array).max(
             axis=tuple(other for other in range(array.ndim) if other != axis), initial=0
         )
