@@ -16,9 +16,19 @@ TORCH = ("training", "demo", "exporting.py", "factories.py", "tracing.py")
 # stages in the order in which data flows; a file may import from its own stage and those before it
 STAGES = (
     ("errors", "files", "worker", "html", "plots", "runtime", "_version"),
-    ("modelcheck", "modelfile", "inputs", "input_ranges", "input_files", "comparing", "sessions"),
+    (
+        "modelcheck",
+        "modelstrip",
+        "tensors",
+        "modelfile",
+        "inputs",
+        "input_ranges",
+        "input_files",
+        "comparing",
+        "sessions",
+    ),
     ("surgery",),
-    ("sizes", "simplify", "verification", "inspection"),
+    ("sizes", "onnxsim_child", "simplify", "verification", "inspection"),
     ("pipeline", "bundling", "exporting", "factories", "tracing", "training", "bench"),
     ("reports",),
     ("demo", "cli"),

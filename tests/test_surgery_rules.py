@@ -401,7 +401,7 @@ def test_unread_channels_do_not_matter():
 def test_without_folding_the_outputs_differ(monkeypatch):
     """The constants of removed channels matter: without them the result is wrong."""
     case = chain(3, 8, 8, 5, dead=(0, 3, 4), pads=0)
-    monkeypatch.setattr(Contraction, "_sums", lambda self, value: np.zeros(self.nonzero.shape[:2]))  # noqa: ARG005
+    monkeypatch.setattr(Contraction, "_sums", lambda self, value: np.zeros(self.reads.shape[:2]))  # noqa: ARG005
     text = failure(case, floor=False)
     assert text is not None
     assert text.startswith("wrong")

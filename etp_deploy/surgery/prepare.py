@@ -300,17 +300,18 @@ def _fold_static(graph: ir.Graph, value: ir.Value) -> bool:
     return True
 
 
-def constant(graph: ir.Graph, array: np.ndarray, name: str) -> ir.Value:
+def constant(graph: ir.Graph, content: np.ndarray | ir.TensorProtocol, name: str) -> ir.Value:
     """Add an initializer with a name that is not taken yet."""
     unique, suffix = name, 0
     while unique in graph.initializers:
         suffix += 1
         unique = f"{name}_{suffix}"
+    tensor = ir.Tensor(content, name=unique) if isinstance(content, np.ndarray) else content
     value = ir.Value(
         name=unique,
-        shape=ir.Shape(array.shape),
-        type=ir.TensorType(ir.DataType.from_numpy(array.dtype)),
-        const_value=ir.Tensor(array, name=unique),
+        shape=ir.Shape(tensor.shape.numpy()),
+        type=ir.TensorType(tensor.dtype),
+        const_value=tensor,
     )
     graph.register_initializer(value)
     return value

@@ -24,6 +24,7 @@ from etp_deploy.surgery.statements.base import (
     SliceInput,
     array_of,
 )
+from etp_deploy.tensors import deferred, unshared
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -89,9 +90,9 @@ class Rewriter:
             node.resize_inputs(index + 1)
         node.replace_input_with(index, self._shared(name, array))
 
-    def _named(self, array: np.ndarray, name: str) -> ir.Value:
+    def _named(self, tensor: np.ndarray | ir.TensorProtocol, name: str) -> ir.Value:
         """Add an initializer that takes over a name as soon as that is free."""
-        value = constant(self.graph, array, name)
+        value = constant(self.graph, tensor, name)
         self.wanted[value] = name
         return value
 
@@ -112,11 +113,25 @@ class Rewriter:
             b"".join(bytes([axis]) + np.ascontiguousarray(line).tobytes() for axis, line in takes),
         )
         if key not in self._cut:
-            array = self._array(node, index)
-            for axis, line in takes:
-                array = np.take(array, line, axis=axis)
-            self._cut[key] = self._named(array, old.name or f"{node.outputs[0].name}_{index}")
+            name = old.name or f"{node.outputs[0].name}_{index}"
+            self._cut[key] = self._taken(old, takes, name)
         node.replace_input_with(index, self._cut[key])
+
+    def _taken(self, old: ir.Value, takes: tuple[tuple[int, np.ndarray], ...], name: str) -> ir.Value:
+        """Add an initializer that is cut when it is written, so that no two cuts are in memory at once."""
+        source = old.const_value
+        assert source is not None
+        shape = list(source.shape.numpy())
+        for axis, line in takes:
+            shape[axis] = line.size
+
+        def cut() -> np.ndarray:
+            array = unshared(source).numpy()
+            for axis, line in sorted(takes, key=lambda take: take[1].size / array.shape[take[0]]):
+                array = np.take(array, line, axis=axis)
+            return array
+
+        return self._named(deferred(cut, source.dtype, ir.Shape(shape), name), name)
 
     def _set_shape(self, node: ir.Node, index: int, sizes: tuple[tuple[Size, bool], ...]) -> None:
         target = node.inputs[index]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from etp_deploy.surgery.shapes import ONE, Size, Structure, axis_size, frame, frame_dims, is_parameter, plain
+from etp_deploy.tensors import unshared
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -175,10 +176,14 @@ def set_plain(state: State, value: ir.Value) -> None:
 
 
 def array_of(value: ir.Value | None) -> np.ndarray | None:
-    """Return an initializer's array (memory-mapped where it is external), or None for any other tensor."""
+    """Return an initializer's array, or None for any other tensor.
+
+    External data is mapped anew at each call and unmapped with the array: hold on to none, and memory follows the
+    largest tensor, not the model.
+    """
     if value is None or not is_parameter(value) or value.const_value is None:
         return None
-    return value.const_value.numpy()
+    return unshared(value.const_value).numpy()
 
 
 def new_sizes(structure: Structure, reduced: tuple[int, ...]) -> tuple[tuple[Size, bool], ...]:
@@ -202,7 +207,7 @@ def cut_size(edit: Edit, value: ir.Value) -> tuple[int, bytes]:
         case SliceInput(_, takes):
             size = int(value.const_value.size)
             for axis, line in takes:
-                size = size // value.const_value.numpy().shape[axis] * line.size
+                size = size // value.const_value.shape.numpy()[axis] * line.size
             return size, b"".join(bytes([axis]) + line.tobytes() for axis, line in takes)
         case GatherInput(_, _, indices, merged):
             return int(np.prod(merged)), b"".join(index.tobytes() for index in indices)

@@ -25,13 +25,14 @@ from etp_deploy.surgery.statements.base import (
     Edit,
     SetAttribute,
     SetInput,
+    SliceInput,
     Statement,
     array_of,
     default_layout,
     set_plain,
 )
 from etp_deploy.surgery.statements.pointwise import missing_rows
-from etp_deploy.surgery.statements.weights import Weight, take_merged
+from etp_deploy.surgery.statements.weights import Reads, Weight, merged_places
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -107,10 +108,9 @@ class Contraction(Statement):
             if source is not None and self._passes(source):
                 out[axis] = structure[source]
         self._axis: Axis = structure[self.data_axis]
-        # a view wherever the layout allows: weights may be memory-mapped
-        self._flat = self.weight.flattened(self._array(), self._axis)
-        self.nonzero = (self._flat != 0).any(axis=3)
-        outputs = self.nonzero.shape[0] * self.nonzero.shape[1]
+        flat = self._flat()
+        self.reads = Reads(flat[..., 0] != 0 if flat.shape[3] == 1 else (flat != 0).any(axis=3))
+        outputs = self.reads.shape[0] * self.reads.shape[1]
         out[self.out_axis] = labelled(outputs) if outputs > 1 else plain((1,))[0]
         self.active = True
         state.set_structure(self.out, tuple(out))
@@ -134,13 +134,23 @@ class Contraction(Statement):
 
     def _sums(self, value: np.ndarray) -> np.ndarray:
         """Return sum_i w[o, i] * value[i] over groups and kernels, as it may be added to the bias."""
-        result = np.zeros(self.nonzero.shape[:2])
-        for group in range(self.nonzero.shape[0]):
+        result = np.zeros(self.reads.shape[:2])
+        if not value.any():
+            return result
+        flat = self._flat()
+        for group in range(self.reads.shape[0]):
             columns = np.flatnonzero(value[group])
             if columns.size:
-                weights = self._flat[group][:, columns].sum(axis=2, dtype=np.float64)
+                weights = flat[group][:, columns].sum(axis=2, dtype=np.float64)
                 result[group] = weights @ value[group][columns]
         return result * self.bias_scale
+
+    def _flat(self) -> np.ndarray:
+        """Return the weight as (group, output, labelled input position, all the rest), for the moment.
+
+        A view wherever the layout allows, and never held on to: weights may be memory-mapped.
+        """
+        return self.weight.flattened(self._array(), self._axis)
 
     def _array(self) -> np.ndarray:
         array = array_of(self.node.inputs[self.weight.index])
@@ -178,11 +188,11 @@ class Contraction(Statement):
         """Return which input channels stay, as (group, input of the group)."""
         mask = state.mask(self.data)
         if not self._data_dims:
-            return np.ones(self.nonzero.shape[::2], bool)
+            return np.ones(self.reads.shape[::2], bool)
         return self._by_group(self._along_data(mask))
 
     def _kept_outputs(self, state: State) -> np.ndarray:
-        return self._along_out(state.mask(self.out)).reshape(self.nonzero.shape[:2])
+        return self._along_out(state.mask(self.out)).reshape(self.reads.shape[:2])
 
     def _held(self, state: State) -> tuple[np.ndarray, np.ndarray]:
         """Return which input channels are known constants, and their values, as (group, input of the group)."""
@@ -191,7 +201,7 @@ class Contraction(Statement):
         return self._constants
 
     def _read_constants(self, state: State) -> tuple[np.ndarray, np.ndarray]:
-        shape = (self.weight.groups, self.nonzero.shape[2])
+        shape = (self.weight.groups, self.reads.shape[2])
         constant = state.constant(self.data)
         if constant is None or (not self._data_dims and constant.known.size > 1):
             return np.zeros(shape, bool), np.zeros(shape)
@@ -212,7 +222,7 @@ class Contraction(Statement):
             return
         known, value = self._held(state)
         usable = known & (value == 0) if self.bordered else known
-        read_unknown = (self.nonzero & ~usable[:, None, :]).any(axis=2)
+        read_unknown = self.reads.outputs(~usable)
         if read_unknown.all():
             return
         result = self._sums(value).reshape(-1)
@@ -243,11 +253,9 @@ class Contraction(Statement):
         kept = self._kept_outputs(state)
         if self._seen is None:
             self._seen = np.zeros_like(kept)
-            self._needed = np.zeros(self.nonzero.shape[::2], bool)
-        for group, output in np.argwhere(kept & ~self._seen) if kept.shape[0] > 1 else []:
-            self._needed[group] |= self.nonzero[group, output]
-        if kept.shape[0] == 1:
-            self._needed[0] |= self.nonzero[0][kept[0] & ~self._seen[0]].any(axis=0)
+            self._needed = np.zeros(self.reads.shape[::2], bool)
+        if (kept & ~self._seen).any():
+            self._needed |= self.reads.inputs(kept & ~self._seen)
         self._seen = kept.copy()
         wanted = self._needed & ~self._held(state)[0]
         self._grow_inputs(state, wanted, Cause("read with a weight that is not zero by", self.node, self.out))
@@ -297,12 +305,12 @@ class Contraction(Statement):
 
     def _spread_groups(self, state: State) -> None:
         """A depthwise channel stays on both sides or on neither."""
-        if not self._data_dims or self.nonzero.shape[2] != 1:
+        if not self._data_dims or self.reads.shape[2] != 1:
             return
         kept = np.asarray(self._kept_outputs(state).any(axis=1, keepdims=True))
         self._grow_inputs(state, kept, Cause("read by the same group of", self.node, self.out))
         inputs = self.kept_inputs(state)
-        if self.nonzero.shape[1] == 1:
+        if self.reads.shape[1] == 1:
             self._grow_outputs(state, inputs, Cause("made by the same group of", self.node, self.data))
 
     def _grow_outputs(self, state: State, wanted: np.ndarray, cause: Cause) -> bool:
@@ -335,7 +343,7 @@ class Contraction(Statement):
     def _repair_groups(self, state: State) -> bool:
         cause = Cause("groups keep equal counts at", self.node, spare=True)
         outputs = self._kept_outputs(state)
-        inputs = self.kept_inputs(state) if self._data_dims else np.ones(self.nonzero.shape[::2], bool)
+        inputs = self.kept_inputs(state) if self._data_dims else np.ones(self.reads.shape[::2], bool)
         groups = np.asarray(outputs.any(axis=1) | (inputs.any(axis=1) & bool(self._data_dims)))
         if not self._data_dims:
             groups = np.ones_like(groups)
@@ -353,7 +361,7 @@ class Contraction(Statement):
             return np.zeros((1, 1), bool)
         known, value = self._held(state)
         usable = known & (value != 0)
-        read = (self.nonzero & self._kept_outputs(state)[:, :, None]).any(axis=1)
+        read = self.reads.inputs(self._kept_outputs(state))
         kept = self.kept_inputs(state)
         lacking = (usable & read & ~kept).any(axis=1) & ~(usable & kept).any(axis=1)
         return np.asarray(usable & lacking[:, None])
@@ -413,7 +421,7 @@ class Contraction(Statement):
     def _input_order(self, state: State) -> np.ndarray:
         """Return the contracted positions in the data's order (positions of the flattened labels)."""
         if not self._data_dims:
-            return np.arange(self.nonzero.shape[0] * self.nonzero.shape[2])
+            return np.arange(self.reads.shape[0] * self.reads.shape[2])
         layout = state.layouts[self.data]
         coords = coordinates(layout, self._data_frame)
         lines = []
@@ -431,7 +439,7 @@ class Contraction(Statement):
             return np.zeros(1, np.int64)
         if not self._data_dims:
             return np.arange(self.weight.groups)
-        per_group = self.nonzero.shape[2]
+        per_group = self.reads.shape[2]
         groups = self._input_order(state) // per_group
         kept = self.kept_inputs(state)
         width = int(kept.sum(axis=1).max(initial=1))
@@ -449,16 +457,19 @@ class Contraction(Statement):
         outputs, inputs = self._kept_outputs(state), self.kept_inputs(state)
         known, value = self._held(state)
         gone = known & ~inputs if self._data_dims else np.zeros_like(known)
-        folded = (self.nonzero & outputs[:, :, None] & (gone & (value != 0))[:, None, :]).any()
         if outputs.all() and inputs.all():
             return
-        grouped = self.weight.grouped(self._array())
-        if folded and self.bordered:
-            grouped = self._with_carrier(grouped, gone, known & inputs, value)
+        folded = bool((self.reads.inputs(outputs) & gone & (value != 0)).any())
         order = state.layouts[self.out]
         channels = self._out_channels(order)
-        yield SetInput(self.weight.index, self.weight.ungrouped(self._cut(state, grouped, channels)))
-        yield from self._bias_edits(channels, gone, value, folded and not self.bordered)
+        if self.weight.groups == 1 and not (folded and self.bordered):
+            yield self._plain_cut(state, channels)
+        else:
+            grouped = self.weight.grouped(self._array())
+            if folded and self.bordered:
+                grouped = self._with_carrier(grouped, gone, known & inputs, value)
+            yield SetInput(self.weight.index, self.weight.ungrouped(self._cut(state, grouped, channels)))
+        yield from self._bias_edits(channels, gone, value, folded=folded and not self.bordered)
         groups = len(self._group_order(state))
         if self.weight.groups > 1 and groups != self.weight.groups:
             yield SetAttribute("group", groups)
@@ -485,8 +496,17 @@ class Contraction(Statement):
             grouped[group, :, carrier] += np.einsum("oi...,i->o...", grouped[group][:, removed], scale)
         return grouped.astype(self._array().dtype)
 
+    def _plain_cut(self, state: State, channels: np.ndarray) -> SliceInput:
+        """Say which outputs and inputs to take, so that the cut can be made as the weight is written."""
+        takes = []
+        if self._out_frame[self._out_dim] > 1 and len(channels) < self.reads.shape[1]:
+            takes.append((self.weight.out, channels))
+        if self._data_dims:
+            takes.append((self.weight.contracted, merged_places(self._axis, self._input_order(state))))
+        return SliceInput(self.weight.index, tuple(takes))
+
     def _cut(self, state: State, grouped: np.ndarray, channels: np.ndarray) -> np.ndarray:
-        per_output, per_input = self.nonzero.shape[1], self.nonzero.shape[2]
+        per_output, per_input = self.reads.shape[1], self.reads.shape[2]
         order = self._group_order(state)
         rows = (channels % per_output).reshape(len(order), -1)
         if self._out_frame[self._out_dim] == 1:
@@ -496,15 +516,15 @@ class Contraction(Statement):
         columns = self._input_order(state)
         if self.weight.groups == 1:
             taken = np.take(grouped[0], rows[0], axis=0) if len(rows[0]) < grouped.shape[1] else grouped[0]
-            return take_merged(taken, self._axis, columns)[None]
+            return np.take(taken, merged_places(self._axis, columns), axis=1)[None]
         inner = (columns % per_input).reshape(len(order), -1)
         return np.asarray(grouped[order[:, None, None], rows[:, :, None], inner[:, None, :]])
 
     def _bias_edits(
-        self, channels: np.ndarray, gone: np.ndarray, value: np.ndarray, folded: bool
+        self, channels: np.ndarray, gone: np.ndarray, value: np.ndarray, *, folded: bool
     ) -> Iterator[Edit]:
         dtype = self._array().dtype
-        share = self._sums(np.where(gone, value, 0.0)).reshape(-1)[channels]
+        share = self._sums(np.where(gone, value, 0.0)).reshape(-1)[channels] if folded else np.zeros(0)
         bias = array_of(self._bias_value())
         if bias is not None and self.bias is not None:
             cut = bias if not bias.ndim or bias.shape[-1] == 1 else np.take(bias, channels, axis=-1)
