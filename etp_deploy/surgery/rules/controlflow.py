@@ -25,13 +25,13 @@ _CONSTANT = parse_graph(
 _ROUND = parse_graph("""
     round (int64 i, bool c, float[2, 4] h) => (bool again, float[2, 4] next, float[2, 4] made) {
         again = Identity (c)
-        next = Tanh (h)
+        next = Relu (h)
         made = Neg (next)
     }
 """)
 _STEP = parse_graph("""
     step (float[2, 4] h, float[2, 4] x) => (float[2, 4] next, float[2, 4] made) {
-        next = Add (h, x)
+        next = Max (h, x)
         made = Relu (next)
     }
 """)
@@ -39,9 +39,7 @@ _STEP = parse_graph("""
 
 @rule(
     "If",
-    examples=(
-        example(literal([True], "bool"), then_branch=_CONSTANT, else_branch=_CONSTANT, removable=False),
-    ),
+    examples=(example(literal(True, "bool"), then_branch=_CONSTANT, else_branch=_CONSTANT, removable=False),),
 )
 def branch(node: ir.Node) -> Statement:
     """y[...] = then[...] if condition else other[...]"""
@@ -55,7 +53,7 @@ def branch(node: ir.Node) -> Statement:
 
 @rule(
     "Loop",
-    examples=(example(literal(3), literal([True], "bool"), computed(2, 4), outputs=2, body=_ROUND),),
+    examples=(example(literal(3), literal(True, "bool"), computed(2, 4), outputs=2, body=_ROUND),),
 )
 def loop(node: ir.Node) -> Statement:
     """state[t + 1, ...], y[t, ...] = body(t, state[t, ...]) while the condition holds"""
