@@ -9,18 +9,19 @@ surgery changes is read back from a tensor.
 from __future__ import annotations
 
 import json
-import logging
 import re
 from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
-from onnx_shape_inference import SYM_DATA_KEY, ShapeInferenceError, infer_symbolic_shapes
+from onnx_shape_inference import SYM_DATA_KEY
 
-from etp_deploy.errors import ModelError
 from etp_deploy.surgery.absorb import absorb_padding, omit_zero_states
 from etp_deploy.surgery.evaluate import evaluate
+from etp_deploy.surgery.fusions import take_apart
+from etp_deploy.surgery.inference import infer_shapes
+from etp_deploy.surgery.initializers import constant
 from etp_deploy.surgery.shapes import Size, is_parameter
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ def prepare(model: ir.Model) -> ir.Model:
         passes.RemoveUnusedNodesPass(),
     ):
         simplify(model)
+    take_apart(model.graph)
     changed = True
     while changed:  # a resolved target makes more shapes known, which may resolve more
         infer_shapes(model)
@@ -95,26 +97,6 @@ def prepare(model: ir.Model) -> ir.Model:
     if absorb_padding(model.graph) | omit_zero_states(model.graph):
         passes.RemoveUnusedNodesPass()(model)
     return model
-
-
-def infer_shapes(model: ir.Model) -> None:
-    """Infer all shapes in place, symbolic where dynamic.
-
-    Raises:
-        ModelError: where shapes contradict each other.
-    """
-    logger = logging.getLogger("onnx_shape_inference")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        # names that outputs declare for sizes tell nothing that removing channels needs, and cost most of the time
-        infer_symbolic_shapes(model, warn_on_missing=False, adopt_declared_symbols=False)
-    except ShapeInferenceError as error:
-        raise ModelError(
-            f"its shapes contradict each other: {str(error).splitlines()[0]}", hint="check the model"
-        ) from error
-    finally:
-        logger.setLevel(level)
 
 
 def _drop_initializer_inputs(model: ir.Model) -> None:
@@ -274,22 +256,6 @@ def _fold_static(graph: ir.Graph, value: ir.Value) -> bool:
     shape = () if value.shape is not None and len(value.shape) == 0 else (len(entries),)
     value.replace_all_uses_with(constant(graph, array.reshape(shape), f"{value.name}_static"))
     return True
-
-
-def constant(graph: ir.Graph, array: np.ndarray, name: str) -> ir.Value:
-    """Add an initializer with a name that is not taken yet."""
-    unique, suffix = name, 0
-    while unique in graph.initializers:
-        suffix += 1
-        unique = f"{name}_{suffix}"
-    value = ir.Value(
-        name=unique,
-        shape=ir.Shape(array.shape),
-        type=ir.TensorType(ir.DataType.from_numpy(array.dtype)),
-        const_value=ir.Tensor(array, name=unique),
-    )
-    graph.register_initializer(value)
-    return value
 
 
 def _symbol_sources(graph: ir.Graph) -> dict[str, tuple[ir.Value, int]]:
