@@ -70,7 +70,7 @@ def batch_normalization(node: ir.Node) -> Statement:
 @rule(
     "LayerNormalization",
     examples=(
-        example(computed(2, 3, 6), weight(6), weight(6), removable=False),
+        example(computed(2, 3, 6), weight(6), weight(6)),
         example(computed(2, 3, 5, 6), weight(6), axis=-1),
         example(computed(2, 4, 5, 6), weight(5, 6), weight(5, 6), axis=2),
         example(computed(2, 3, 6), computed(6), weight(6), removable=False),
@@ -99,14 +99,6 @@ def layer_normalization(node: ir.Node) -> Statement:
         example(computed(2, 3, 6), weight(1), opset=23),
         example(computed(2, 4, 3, 6), weight(3, 6), opset=23, axis=2, epsilon=0.1),
         example(computed(2, 3, 6), computed(6), opset=23, removable=False),
-        example(
-            computed(2, 3, 6),
-            weight(6),
-            operator="SimplifiedLayerNormalization",
-            outputs=2,
-            opset=23,
-            removable=False,
-        ),
     ),
 )
 def rms_normalization(node: ir.Node) -> Statement:

@@ -68,8 +68,13 @@ class Normed(Pointwise):
         constant = state.constant(self.data)
         if constant is None:
             return np.zeros((), bool)
-        alone = state.mask(self.data).size == np.prod([state.mask(self.data).shape[dim] for dim in self.dims])
-        return np.asarray(constant.known if self.epsilon is not None and alone else constant.zero)
+        absorbed = self.epsilon is not None and self._one_norm(state)
+        return np.asarray(constant.known if absorbed else constant.zero)
+
+    def _one_norm(self, state: State) -> bool:
+        """Return whether there are no other channels (heads) with norms of their own, which share the epsilon."""
+        shape = state.mask(self.data).shape
+        return all(extent == 1 or dim in self.dims for dim, extent in enumerate(shape))
 
     def spread(self, state: State) -> None:
         """A kept channel keeps all that is in its norm."""
@@ -98,8 +103,10 @@ class Normed(Pointwise):
             scale = cut(scale, edit)
         yield SetInput(SCALE, (scale.astype(np.float64) * np.sqrt(total / kept)).astype(scale.dtype))
         constant = state.constant(self.data)
-        gone = np.zeros(()) if constant is None else np.where(constant.known & ~mask, constant.value, 0)
-        squares = float(np.sum(gone.astype(np.float64) ** 2))
+        squares = 0.0
+        if constant is not None and self._one_norm(state):
+            gone = np.where(constant.known & ~mask, constant.value, 0)
+            squares = float(np.sum(gone.astype(np.float64) ** 2))
         yield SetAttribute("epsilon", (self.epsilon * total + squares) / kept)
 
 
