@@ -189,10 +189,10 @@ def _replace(graph: ir.Graph, node: ir.Node, parts: tuple[Part, ...]) -> None:
     for place, part in enumerate(parts):
         last = place == len(parts) - 1
         inputs = [_input(graph, node, nodes, item) for item in part.inputs]
-        made = ir.node(
-            part.operator, inputs, dict(part.attributes), name=f"{node.name or node.op_type}_{place}"
-        )
-        made.outputs[0].name = f"{node.outputs[0].name}_{place}_{part.operator}"
+        # the runtime refuses two nodes of one name, and outputs have names that are unique
+        name = f"{node.outputs[0].name}_{place}_{part.operator}"
+        made = ir.node(part.operator, inputs, dict(part.attributes), name=name)
+        made.outputs[0].name = name
         index = 0 if last else part.output
         if index is not None and index < len(node.outputs):
             old.append(node.outputs[index])
@@ -277,3 +277,6 @@ def _fuse(graph: ir.Graph, fusion: Fusion) -> None:
     replace_nodes_and_values(
         graph, fusion.nodes[-1], list(fusion.nodes), [whole], old, [whole.outputs[place] for place in places]
     )
+    for place, value in enumerate(whole.outputs):
+        if place not in places:
+            value.name = ""  # an output that was not asked for stays so
