@@ -102,7 +102,7 @@ def counting_sizes(graph: ir.Graph) -> dict[str, int]:
 
 def node_macs(node: ir.Node, bindings: Mapping[str, int]) -> int | None:
     """Return a node's multiply-accumulates: 0 for what is no contraction, None where a shape is not known."""
-    if node.op_type not in {"Conv", "ConvTranspose", "MatMul", "Gemm"}:
+    if node.op_type not in {"Conv", "ConvTranspose", "MatMul", "Gemm", "FusedMatMul", "TransposeMatMul"}:
         return 0
     first, second, out = (
         concrete(value, bindings) for value in (node.inputs[0], node.inputs[1], node.outputs[0])
@@ -113,9 +113,8 @@ def node_macs(node: ir.Node, bindings: Mapping[str, int]) -> int | None:
         return math.prod(out) * math.prod(second[1:])
     if node.op_type == "ConvTranspose":
         return math.prod(first) * math.prod(second[1:])
-    inner = (
-        second[1] if node.op_type == "Gemm" and node.attributes.get_int("transB", 0) != 0 else second[-2:][0]
-    )
+    # only products that can transpose their operands have the attribute
+    inner = second[-1] if node.attributes.get_int("transB", 0) else second[-2:][0]
     return math.prod(out) * inner
 
 

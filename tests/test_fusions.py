@@ -15,6 +15,7 @@ from graphs import difference, run, shrunk, weight_elements
 from test_normalisations import MICROSOFT, reasons, skipping, stays, with_microsoft
 from test_surgery_regressions import Net, gained
 
+from etp_deploy.sizes import count_macs
 from etp_deploy.surgery import fusions
 from etp_deploy.surgery.fusions import put_together, take_apart
 
@@ -183,6 +184,17 @@ def test_a_fused_product_with_a_weight(turned):
     case = with_microsoft(net.case("y"))
     # what the constants of two channels sum to is added to the six columns that are left
     assert gained(case) == (48 + 8 + 56 + 21, 36 + 6 + 36 + 6 + 18)
+
+
+def test_a_fused_product_is_counted():
+    """The multiply-accumulates of a product do not depend on how it is written."""
+    counts = set()
+    for turned in (0, 1):
+        net = Net(x=(2, 5, 6))
+        weight = net.rand(7, 6) if turned else net.rand(6, 7)
+        net.node("FusedMatMul", ["x", weight], "y", domain=MICROSOFT, transB=turned)
+        counts.add(count_macs(ir.from_proto(with_microsoft(net.case("y")).model)))
+    assert counts == {2 * 5 * 6 * 7}
 
 
 def test_fused_attention_loses_heads_and_dimensions():

@@ -16,7 +16,7 @@ import onnx_ir as ir
 from onnx_ir.convenience import replace_nodes_and_values
 
 from etp_deploy.surgery.initializers import constant
-from etp_deploy.surgery.shapes import is_parameter
+from etp_deploy.surgery.statements.base import array_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -51,12 +51,25 @@ class Part:
 
 @dataclass(frozen=True)
 class Fusion:
-    """A fused node that was taken apart: the node as it was, its parts, and the nodes that these became."""
+    """A fused node that was taken apart.
 
-    node: ir.Node
+    Attributes:
+        operator: the fused operator.
+        name: the node's name.
+        attributes: its attributes.
+        inputs: how many it had.
+        outputs: how many it had.
+        parts: what it stands for.
+        nodes: the nodes that these became.
+    """
+
+    operator: str
+    name: str | None
+    attributes: Mapping[str, ir.Attr]
+    inputs: int
+    outputs: int
     parts: tuple[Part, ...]
     nodes: tuple[ir.Node, ...]
-    inputs: int
 
 
 def take_apart(graph: ir.Graph) -> bool:
@@ -198,17 +211,17 @@ def _replace(graph: ir.Graph, node: ir.Node, parts: tuple[Part, ...]) -> None:
             old.append(node.outputs[index])
             new.append(made.outputs[0])
         nodes.append(made)
-    whole = ir.Node(
-        node.domain,
+    fusion = Fusion(
         node.op_type,
-        [],
-        list(node.attributes.values()),
-        num_outputs=len(node.outputs),
-        name=node.name,
+        node.name,
+        dict(node.attributes),
+        len(node.inputs),
+        len(node.outputs),
+        parts,
+        tuple(nodes),
     )
-    count = len(node.inputs)
     replace_nodes_and_values(graph, node, [node], nodes, old, new)
-    nodes[-1].meta[_FUSION] = Fusion(whole, parts, tuple(nodes), count)
+    nodes[-1].meta[_FUSION] = fusion
 
 
 def _input(
@@ -240,23 +253,22 @@ def _is_chain(fusion: Fusion, graph: ir.Graph) -> bool:
 
 
 def _own_constants_stay(part: Part, node: ir.Node) -> bool:
-    """Return whether the bounds that became attributes' stand-ins are what they were."""
+    """Return whether a part reads the constants that the fused node has as attributes."""
     for item, value in zip(part.inputs, node.inputs, strict=False):
-        if isinstance(item, np.ndarray) and not (
-            value is not None and is_parameter(value) and value.shape == ()
-        ):
+        array = array_of(value)
+        if isinstance(item, np.ndarray) and (array is None or not np.array_equal(item, array)):
             return False
     return True
 
 
 def _fuse(graph: ir.Graph, fusion: Fusion) -> None:
     inputs: list[ir.Value | None] = [None] * fusion.inputs
-    attributes = dict(fusion.node.attributes)
+    attributes = dict(fusion.attributes)
     old, places = [fusion.nodes[-1].outputs[0]], [0]
     for part, node in zip(fusion.parts, fusion.nodes, strict=True):
-        wanted = part.inputs
         # a bias that the rewrite added stands where the fused operator has one, too
-        for index, value in zip((*wanted, *range(len(wanted), len(node.inputs))), node.inputs, strict=False):
+        places_of_inputs = (*part.inputs, *range(len(part.inputs), len(node.inputs)))
+        for index, value in zip(places_of_inputs, node.inputs, strict=True):
             if isinstance(index, int):
                 inputs += [None] * (index + 1 - len(inputs))
                 inputs[index] = value
@@ -267,16 +279,15 @@ def _fuse(graph: ir.Graph, fusion: Fusion) -> None:
             old.append(node.outputs[0])
             places.append(part.output)
     whole = ir.Node(
-        fusion.node.domain,
-        fusion.node.op_type,
+        DOMAIN,
+        fusion.operator,
         inputs,
         list(attributes.values()),
-        num_outputs=len(fusion.node.outputs),
-        name=fusion.node.name,
+        num_outputs=fusion.outputs,
+        name=fusion.name,
     )
-    replace_nodes_and_values(
-        graph, fusion.nodes[-1], list(fusion.nodes), [whole], old, [whole.outputs[place] for place in places]
-    )
+    new = [whole.outputs[place] for place in places]
+    replace_nodes_and_values(graph, fusion.nodes[-1], list(fusion.nodes), [whole], old, new)
     for place, value in enumerate(whole.outputs):
         if place not in places:
             value.name = ""  # an output that was not asked for stays so

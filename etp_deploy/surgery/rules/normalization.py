@@ -128,7 +128,17 @@ def lp_normalization(node: ir.Node) -> Statement:
     return Normed(node, normal_axis(int(attribute(node, "axis", -1)), axes), {0: same_axes(axes)})
 
 
-@rule("Softmax", "LogSoftmax", "Hardmax")
+@rule(
+    "Softmax",
+    "LogSoftmax",
+    "Hardmax",
+    examples=(
+        example(computed(2, 4, 5, 6)),
+        example(computed(2, 4, 6), axis=1),
+        example(computed(2, 4, 6), axis=-1, opset=12),
+        example(computed(2, 4, 6), axis=1, opset=12, removable=False),
+    ),
+)
 def softmax(node: ir.Node) -> Statement:
     """y = exp(x) / sum(exp(x)) along an axis; rows sum to one"""
     axes = rank(node.inputs[0])
