@@ -15,7 +15,7 @@ import numpy as np
 from etp_deploy.errors import PlanError
 from etp_deploy.surgery.carriers import keep_carriers
 from etp_deploy.surgery.rules import statement
-from etp_deploy.surgery.state import Cause, ConflictError, State
+from etp_deploy.surgery.state import Cause, ConflictError, State, coordinates
 from etp_deploy.surgery.statements.base import default_layout
 
 if TYPE_CHECKING:
@@ -142,6 +142,7 @@ def _lay_out(analysis: Analysis) -> bool:
     for node, says in analysis.statements.items():
         try:
             says.layout(state)
+            _check_order(state, node)
             says.check(state)
         except ConflictError as conflict:
             state.tighten(conflict.values, node)
@@ -153,3 +154,18 @@ def _lay_out(analysis: Analysis) -> bool:
                 ) from conflict
             return False
     return True
+
+
+def _check_order(state: State, node: ir.Node) -> None:
+    """Raise a conflict where an axis of which all stays would change its order: nobody expects that.
+
+    Raises:
+        ConflictError: with the node's tensors.
+    """
+    for value in node.outputs:
+        layout, shape = state.layouts[value], state.mask(value).shape
+        for dim, coordinate in enumerate(coordinates(layout, shape)):
+            if layout.shape[dim] < shape[dim] or shape[dim] <= 1:
+                continue
+            if not (np.moveaxis(coordinate, dim, -1) == np.arange(shape[dim])).all():
+                raise ConflictError([value for value in (*node.inputs, *node.outputs) if value is not None])

@@ -44,6 +44,7 @@ _STATISTICS = (literal([0.5, 1.0, 2.0, 1.5, 0.7, 1.1], "float32"),)
     examples=(
         example(computed(2, 6, 4, 5), weight(6), weight(6), weight(6), *_STATISTICS),
         example(computed(3, 6), weight(6), weight(6), weight(6), *_STATISTICS, epsilon=0.5),
+        example(computed(2, 6, 4), weight(6), computed(6), weight(6), *_STATISTICS, removable=False),
         example(
             computed(2, 6, 4, 5),
             weight(6),
@@ -74,6 +75,7 @@ def batch_normalization(node: ir.Node) -> Statement:
         example(computed(2, 3, 5, 6), weight(6), axis=-1),
         example(computed(2, 4, 5, 6), weight(5, 6), weight(5, 6), axis=2),
         example(computed(2, 3, 6), computed(6), weight(6), removable=False),
+        example(computed(2, 3, 6), weight(6), outputs=3, removable=False),
     ),
 )
 def layer_normalization(node: ir.Node) -> Statement:
@@ -99,6 +101,13 @@ def layer_normalization(node: ir.Node) -> Statement:
         example(computed(2, 3, 6), weight(1), opset=23),
         example(computed(2, 4, 3, 6), weight(3, 6), opset=23, axis=2, epsilon=0.1),
         example(computed(2, 3, 6), computed(6), opset=23, removable=False),
+        example(
+            computed(2, 3, 6),
+            weight(6),
+            operator="SimplifiedLayerNormalization",
+            outputs=2,
+            removable=False,
+        ),
     ),
 )
 def rms_normalization(node: ir.Node) -> Statement:

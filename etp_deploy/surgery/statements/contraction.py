@@ -411,7 +411,8 @@ class Contraction(Statement):
         state.layouts[self.out] = layout
 
     def _row_coordinate(self, state: State, own: int) -> np.ndarray:
-        coordinate = coordinates(state.layouts[self.data], self._data_frame)[own]
+        # the tensor's own frame: labels that are pinned along the contracted axis are not in ours
+        coordinate = coordinates(state.layouts[self.data], state.mask(self.data).shape)[own]
         others = tuple(dim for dim in range(coordinate.ndim) if dim != own)
         low, high = coordinate.min(axis=others), coordinate.max(axis=others)
         if not np.array_equal(low, high):
@@ -483,6 +484,7 @@ class Contraction(Statement):
     ) -> np.ndarray:
         """Let one kept constant channel of each group carry the removed ones: w_j += sum_i w_i c_i / c_j."""
         grouped = grouped.astype(np.float64)
+        by_label = self.weight.by_label(grouped, self._axis)
         for group in range(grouped.shape[0]):
             removed = np.flatnonzero(gone[group] & (value[group] != 0))
             candidates = np.flatnonzero(present[group] & (value[group] != 0))
@@ -490,7 +492,7 @@ class Contraction(Statement):
                 continue
             carrier = candidates[np.argmax(np.abs(value[group][candidates]))]
             scale = value[group][removed] / value[group][carrier]
-            grouped[group, :, carrier] += np.einsum("oi...,i->o...", grouped[group][:, removed], scale)
+            by_label[group, :, carrier] += np.einsum("oi...,i->o...", by_label[group][:, removed], scale)
         return grouped.astype(self._array().dtype)
 
     def _cut(self, state: State, grouped: np.ndarray, channels: np.ndarray) -> np.ndarray:
@@ -518,7 +520,7 @@ class Contraction(Statement):
             cut = bias if not bias.ndim or bias.shape[-1] == 1 else np.take(bias, channels, axis=-1)
             if folded:
                 cut = (cut.astype(np.float64) + share).astype(dtype)
-            if folded or cut.shape != bias.shape:
+            if not np.array_equal(cut, bias):
                 yield SetInput(self.bias, cut)
         elif folded and self.bias is not None:
             yield SetInput(self.bias, share.astype(dtype))
