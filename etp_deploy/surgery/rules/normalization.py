@@ -238,13 +238,42 @@ def skip_normalization(node: ir.Node) -> Statement:
 @rule(
     "EmbedLayerNormalization",
     domain="com.microsoft",
+    examples=(
+        example(
+            computed(2, 5, dtype="int32"),
+            None,
+            weight(6, 8),
+            weight(5, 8),
+            None,
+            weight(8),
+            weight(8),
+            outputs=2,
+            removable=False,
+        ),
+    ),
 )
 def embed_layer_normalization(node: ir.Node) -> Statement:
     """y = LayerNormalization(words[i] + positions[p] + segments[s]): mean and variance are over the tables' columns"""
     raise RefusedError(f"{node.op_type} takes mean and variance over this axis")
 
 
-@rule("GroupNorm", "SkipGroupNorm", domain="com.microsoft")
+@rule(
+    "GroupNorm",
+    "SkipGroupNorm",
+    domain="com.microsoft",
+    examples=(
+        example(computed(2, 4, 5, 6), weight(6), weight(6), operator="GroupNorm", groups=3, removable=False),
+        example(
+            computed(2, 4, 5, 6),
+            weight(6),
+            weight(6),
+            computed(2, 4, 5, 6),
+            operator="SkipGroupNorm",
+            groups=3,
+            removable=False,
+        ),
+    ),
+)
 def fused_group_normalization(node: ir.Node) -> Statement:
     """y = activation(GroupNormalization(x + skip + bias)), channels last: not on the CPU, so it cannot be verified"""
     raise RefusedError(f"{node.op_type} runs on no CPU, so that what it computes cannot be compared")
