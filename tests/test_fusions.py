@@ -18,6 +18,7 @@ from test_surgery_regressions import Net, gained
 from etp_deploy.sizes import count_macs
 from etp_deploy.surgery import fusions
 from etp_deploy.surgery.fusions import put_together, take_apart
+from etp_deploy.surgery.prepare import constant
 
 
 def operators(model):
@@ -122,7 +123,7 @@ def test_parts_compute_what_the_node_did(form):
     """Taken apart the graph computes the same without fused nodes; put together it is the graph that it was."""
     case = ROUND[form]
     model = ir.from_proto(case.model)
-    assert take_apart(model.graph)
+    assert take_apart(model.graph, constant)
     apart = ir.to_proto(model)
     assert not set(fusions._MAKERS) & set(operators(apart))
     assert difference(run(case.model, case.feeds), run(apart, case.feeds)) is None
@@ -140,7 +141,7 @@ def test_a_broken_chain_stays_apart():
     """A node between two parts, or a second reader of one, is no fused node."""
     for change in ("between", "second reader"):
         model = ir.from_proto(convolution("Relu", added=True).model)
-        take_apart(model.graph)
+        take_apart(model.graph, constant)
         sum_ = next(node for node in model.graph if node.op_type == "Add")
         relu = next(node for node in model.graph if node.op_type == "Relu")
         extra = ir.node("Neg", [sum_.outputs[0]])

@@ -15,11 +15,12 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.convenience import replace_nodes_and_values
 
-from etp_deploy.surgery.initializers import constant
 from etp_deploy.surgery.statements.base import array_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+
+    Constant = Callable[[ir.Graph, np.ndarray, str], ir.Value]
 
 DOMAIN = "com.microsoft"
 _FUSION = "etp_deploy.fusion"
@@ -72,23 +73,28 @@ class Fusion:
     nodes: tuple[ir.Node, ...]
 
 
-def take_apart(graph: ir.Graph) -> bool:
-    """Replace fused nodes by what they stand for; say if there were any."""
+def take_apart(graph: ir.Graph, constant: Constant) -> bool:
+    """Replace fused nodes by what they stand for, in bodies too; say if there were any.
+
+    Args:
+        graph: the model's.
+        constant: adds an initializer to a graph.
+    """
     found = False
-    for node in list(graph):
+    for node in list(graph.all_nodes()):
         parts = _parts(node)
-        if parts is not None:
-            _replace(graph, node, parts)
+        if parts is not None and isinstance(node.graph, ir.Graph):
+            _replace(node.graph, node, parts, lambda array, name: constant(graph, array, name))
             found = True
     return found
 
 
 def put_together(graph: ir.Graph) -> None:
     """Fuse again what was taken apart and is a chain still."""
-    for node in list(graph):
+    for node in list(graph.all_nodes()):
         fusion = node.meta.get(_FUSION)
-        if fusion is not None and _is_chain(fusion, graph):
-            _fuse(graph, fusion)
+        if fusion is not None and isinstance(node.graph, ir.Graph) and _is_chain(fusion, node.graph):
+            _fuse(node.graph, fusion)
 
 
 # taking apart
@@ -196,12 +202,22 @@ _MAKERS: dict[str, Callable[[ir.Node], tuple[Part, ...] | None]] = {
 }
 
 
-def _replace(graph: ir.Graph, node: ir.Node, parts: tuple[Part, ...]) -> None:
+def _replace(
+    graph: ir.Graph,
+    node: ir.Node,
+    parts: tuple[Part, ...],
+    constant: Callable[[np.ndarray, str], ir.Value],
+) -> None:
     nodes: list[ir.Node] = []
     old, new = [], []
     for place, part in enumerate(parts):
         last = place == len(parts) - 1
-        inputs = [_input(graph, node, nodes, item) for item in part.inputs]
+        inputs = [
+            constant(item, f"{node.outputs[0].name}_bound")
+            if isinstance(item, np.ndarray)
+            else (nodes[-1].outputs[0] if item is _PREVIOUS else node.inputs[item])
+            for item in part.inputs
+        ]
         # the runtime refuses two nodes of one name, and outputs have names that are unique
         name = f"{node.outputs[0].name}_{place}_{part.operator}"
         made = ir.node(part.operator, inputs, dict(part.attributes), name=name)
@@ -222,16 +238,6 @@ def _replace(graph: ir.Graph, node: ir.Node, parts: tuple[Part, ...]) -> None:
     )
     replace_nodes_and_values(graph, node, [node], nodes, old, new)
     nodes[-1].meta[_FUSION] = fusion
-
-
-def _input(
-    graph: ir.Graph, node: ir.Node, nodes: list[ir.Node], item: int | np.ndarray | None
-) -> ir.Value | None:
-    if item is _PREVIOUS:
-        return nodes[-1].outputs[0]
-    if isinstance(item, int):
-        return node.inputs[item]
-    return constant(graph, np.asarray(item), f"{node.outputs[0].name}_bound")
 
 
 # putting together

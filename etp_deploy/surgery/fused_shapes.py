@@ -1,37 +1,14 @@
-"""Shapes: symbolic inference, and operators that it does not know in every version that is in use."""
+"""Shapes of normalisations and fused products where shape inference knows them in part."""
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING
 
-from onnx_shape_inference import ShapeInferenceError, infer_symbolic_shapes, registry
-
-from etp_deploy.errors import ModelError
+from onnx_shape_inference import registry
 
 if TYPE_CHECKING:
     import onnx_ir as ir
     from onnx_shape_inference import ShapeInferenceContext
-
-
-def infer_shapes(model: ir.Model) -> None:
-    """Infer all shapes in place, symbolic where dynamic.
-
-    Raises:
-        ModelError: where shapes contradict each other.
-    """
-    logger = logging.getLogger("onnx_shape_inference")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        # names that outputs declare for sizes tell nothing that removing channels needs, and cost most of the time
-        infer_symbolic_shapes(model, warn_on_missing=False, adopt_declared_symbols=False)
-    except ShapeInferenceError as error:
-        raise ModelError(
-            f"its shapes contradict each other: {str(error).splitlines()[0]}", hint="check the model"
-        ) from error
-    finally:
-        logger.setLevel(level)
 
 
 def _same_as_the_data(context: ShapeInferenceContext, node: ir.Node) -> None:
