@@ -131,9 +131,9 @@ def _convolution(node: ir.Node) -> tuple[Part, ...] | None:
     given = node.attributes.get_floats("activation_params") or ()
     if name == "Clip":
         activation = _clip(node, given)
-    elif name in _CONVOLUTION_ACTIVATIONS and len(given) in {0, len(_CONVOLUTION_ACTIVATIONS[name])}:
+    elif name in _CONVOLUTION_ACTIVATIONS and len(given) == len(_CONVOLUTION_ACTIVATIONS[name]):
         names = _CONVOLUTION_ACTIVATIONS[name]
-        own = {key: ir.AttrFloat32(key, value) for key, value in zip(names, given, strict=False)}
+        own = {key: ir.AttrFloat32(key, value) for key, value in zip(names, given, strict=True)}
         activation = Part(name, (_PREVIOUS,), own)
     else:
         return None
