@@ -28,6 +28,7 @@ _CONTRACTIONS = {
     "Gemm": ("Gemm", 1),
     "QGemm": ("Gemm", 3),
     "QLinearMatMul": ("MatMul", 3),
+    **dict.fromkeys(("FusedMatMul", "TransposeMatMul"), ("Gemm", 1)),
     **dict.fromkeys(
         ("MatMul", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul"), ("MatMul", 1)
     ),
@@ -148,7 +149,7 @@ def node_macs(node: ir.Node, bindings: Mapping[str, int]) -> int | None:
         return math.prod(first) * math.prod(second[1:])
     if kind == "packed":
         return math.prod(out) * first[-1]
-    inner = second[1] if kind == "Gemm" and node.attributes.get_int("transB", 0) != 0 else second[-2:][0]
+    inner = second[-1] if kind == "Gemm" and node.attributes.get_int("transB", 0) != 0 else second[-2:][0]
     return math.prod(out) * inner
 
 
