@@ -136,8 +136,10 @@ def node_macs(node: ir.Node, bindings: Mapping[str, int]) -> int | None:
     if held := bodies(node):
         return _body_macs(node, held, bindings)
     kind, weight = _CONTRACTIONS.get(node.op_type, ("", 0))
-    if not kind:
-        return 0
+    return _contraction_macs(node, kind, weight, bindings) if kind else 0
+
+
+def _contraction_macs(node: ir.Node, kind: str, weight: int, bindings: Mapping[str, int]) -> int | None:
     first, second, out = (
         concrete(value, bindings) for value in (node.inputs[0], node.inputs[weight], node.outputs[0])
     )
