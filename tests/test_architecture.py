@@ -18,7 +18,7 @@ STAGES = (
     ("errors", "files", "worker", "html", "plots", "runtime", "_version"),
     ("modelcheck", "modelfile", "inputs", "input_ranges", "input_files", "comparing", "sessions"),
     ("surgery",),
-    ("sizes", "simplify", "verification", "inspection"),
+    ("sizes", "simplify", "trials", "verification", "inspection"),
     ("pipeline", "bundling", "exporting", "factories", "tracing", "training", "bench"),
     ("reports",),
     ("demo", "cli"),
