@@ -1,9 +1,10 @@
 """Many architectures, built small with random weights and planted dead structure: does the surgery reach the floor?
 
 Each network is planted (hidden neurons, attention heads, filters, at scattered places, with biases that live on),
-exported, compared with its module, compressed without alignment and verified in ONNX Runtime. The floor is the size
-of the network exported after its dead units were cut out of the modules themselves, which is shown to compute the
-same. A row says "at the floor", "pinned" with the reasons from the report, or "not exportable" with the exporter's.
+exported, compared with its module, compressed without alignment and without onnxsim, and verified in ONNX Runtime.
+The floor is the size of the network exported after its dead units were cut out of the modules themselves, which is
+shown to compute the same. A row says "at the floor", "pinned" with the reasons from the report, or "not exportable"
+with the exporter's.
 
     python benchmarks/architectures.py -o benchmarks/results/architectures.json
 """
@@ -11,6 +12,8 @@ same. A row says "at the floor", "pinned" with the reasons from the report, or "
 from __future__ import annotations
 
 import argparse
+import functools
+import importlib
 import json
 import sys
 import tempfile
@@ -19,8 +22,9 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "tests")]
-from rows import Results, be_nice, in_own_process, table
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from rows import Results, be_nice, in_fork, table
 
 from etp_deploy.errors import EtpError, ExportError
 from etp_deploy.files import write_text
@@ -31,7 +35,16 @@ if TYPE_CHECKING:
     from networks.sites import Place
 
 RESULTS = Path(__file__).parent / "results/architectures.json"
-PACKAGES = ("etp-deploy", "torch", "transformers", "torch_geometric", "onnxscript", "onnx", "onnxruntime", "onnxsim")
+PACKAGES = (
+    "etp-deploy",
+    "torch",
+    "transformers",
+    "torch_geometric",
+    "onnxscript",
+    "onnx",
+    "onnxruntime",
+    "onnxsim",
+)
 TIMEOUT_S = 900.0
 # the planted module and the one cut by hand sum in another order
 SAME = 1e-4
@@ -56,7 +69,7 @@ def measure(name: str) -> dict[str, Any]:
         before, after, floor = (Path(folder) / f"{part}.onnx" for part in ("planted", "small", "floor"))
         try:
             how = _export(net, entry, example, before)
-            _export(small, entry, example, floor, exporter=how)
+            _export(small, entry, example, floor, exporter=how, check=False)
         except ExportError as error:
             return {"outcome": "not exportable", "reason": error.message}
         return {"exporter": how, **_compressed(entry, example, places, (before, after, floor))}
@@ -86,7 +99,9 @@ def _built(entry: Entry, example: dict[str, Any]) -> tuple[torch.nn.Module, list
     return net, places, small
 
 
-def _export(net: Any, entry: Entry, example: dict[str, Any], path: Path, exporter: str = "") -> str:
+def _export(
+    net: Any, entry: Entry, example: dict[str, Any], path: Path, exporter: str = "", *, check: bool = True
+) -> str:
     """Export with the first way that works, and say which.
 
     Raises:
@@ -102,7 +117,7 @@ def _export(net: Any, entry: Entry, example: dict[str, Any], path: Path, exporte
             continue
         opset = 20 if way[0] == "dynamo" else 17
         try:
-            export(net, example, path, dynamic=way[1], exporter=way[0], opset=opset)
+            export(net, example, path, dynamic=way[1], exporter=way[0], opset=opset, check=check)
         except ExportError as error:
             first = first or error
         else:
@@ -123,11 +138,12 @@ def _compressed(
     inputs = {name: tensor.numpy() for name, tensor in example.items()} if entry.real else None
     started = time.monotonic()
     try:
-        report = compress(before, after, align="off", inputs=inputs)
+        report = compress(before, after, align="off", simplify=False, inputs=inputs)
     except EtpError as error:
         return {"outcome": "refused", "reason": str(error)}
     assert report.verification is not None
     sizes = [weight_elements(path) for path in (before, floor, after)]
+    sizes[1] -= sum(place.counted for place in places)
     kept: dict[str, int] = {}
     for layer in report.layers:
         for text, count in layer.reasons:
@@ -143,6 +159,17 @@ def _compressed(
         "notes": list(report.verification.notes),
         "compress_seconds": round(time.monotonic() - started, 1),
     }
+
+
+def _import_once() -> None:
+    """Load what every row needs, before its process is split off; on one thread, as threads do not survive that."""
+    import torch  # noqa: PLC0415
+    import transformers  # noqa: PLC0415
+
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    for module in ("etp_deploy.exporting", "etp_deploy.pipeline", "torch.onnx", "onnxscript"):
+        importlib.import_module(module)
 
 
 def markdown(rows: dict[str, dict[str, Any]]) -> str:
@@ -169,7 +196,11 @@ def markdown(rows: dict[str, dict[str, Any]]) -> str:
 
 def _outcome(row: dict[str, Any]) -> str:
     if row["outcome"] == "at the floor":
-        return "at the floor" if row.get("exporter", "dynamo") == "dynamo" else f"at the floor ({row['exporter']})"
+        return (
+            "at the floor"
+            if row.get("exporter", "dynamo") == "dynamo"
+            else f"at the floor ({row['exporter']})"
+        )
     if row["outcome"] == "pinned":
         most = sorted(row["kept_dead"].items(), key=lambda item: -item[1])[:2]
         return f"pinned: {'; '.join(f'{text} ({count})' for text, count in most) or 'no reason given'}"
@@ -186,15 +217,16 @@ def main() -> int:
     parser.add_argument("--again", action="store_true", help="run what has a row, too")
     parser.add_argument("--row", help="print one architecture's row as JSON, in this process")
     options = parser.parse_args()
+    from networks import NAMES  # noqa: PLC0415 - loads torch
+
     if options.row:
         print(json.dumps(measure(options.row)))
         return 0
-    from networks import NAMES  # noqa: PLC0415 - loads torch
-
     be_nice()
+    _import_once()
     results = Results(options.output, "etp-deploy/architectures/1", PACKAGES)
     for name in results.missing([name for name in NAMES if options.only in name], again=options.again):
-        row = in_own_process([__file__, "--row", name], timeout_s=TIMEOUT_S)
+        row = in_fork(functools.partial(measure, name), timeout_s=TIMEOUT_S)
         results.add(name, row)
         print(f"{name}: {_outcome(row)}", flush=True)
     write_text(options.output.with_suffix(".md"), markdown(results.rows))

@@ -22,6 +22,16 @@ if TYPE_CHECKING:
 SHARE = 0.4
 # a value that moves by less than this along positions and samples is a constant
 STILL = 1e-5
+HEAD_COUNTS = (
+    "num_heads",
+    "num_attention_heads",
+    "n_heads",
+    "n_head",
+    "heads",
+    "num_kv_heads",
+    "num_key_value_heads",
+)
+HEAD_SIZES = ("all_head_size", "embed_dim", "split_size", "inner_dim", "dim", "hidden_size")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +46,7 @@ class End:
         zero: which of the parts are zeroed by planting.
         within: which of a unit's entries are zeroed; None for all.
         optional: whether a network may do without.
+        axis: of a parameter that is no module's weight; by default the last but one for "out", the last for "in".
     """
 
     suffix: str
@@ -45,6 +56,7 @@ class End:
     zero: tuple[int, ...] = ()
     within: slice | None = None
     optional: bool = False
+    axis: int | None = None
 
     def index(self, units: Sequence[int], size: int, parts: Sequence[int], within: slice | None) -> list[int]:
         """Return the entries of units along an axis of a size."""
@@ -60,18 +72,23 @@ class Site:
     Args:
         kind: "neuron", "head" or "channel".
         ends: where their entries are; the first one is what the network is searched for.
-        counts: attributes, as "module suffix:attribute", that count units, with how many each unit counts.
+        size: entries of one head, where modules count heads in attributes of their own.
+        per: how many heads die together there.
         together: whether all places of the network lose the same units (something shared counts them).
         silent: whether the constants are zero after all (biases and normalisation are zeroed too).
         above: only places whose name holds this.
+        by_hand: whether the library cannot build the network without the units (a width that it fixes from the
+            number of heads): they stay in the native network, and what they take is subtracted from its size.
     """
 
     kind: str
     ends: tuple[End, ...]
-    counts: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    size: int = 0
+    per: int = 1
     together: bool = False
     silent: bool = False
     above: str = ""
+    by_hand: bool = False
 
 
 def neurons(*up: str, down: str, **more: Any) -> Site:
@@ -79,34 +96,35 @@ def neurons(*up: str, down: str, **more: Any) -> Site:
     return Site("neuron", (*(End(name, zero=(0,)) for name in up), End(down, "in")), **more)
 
 
-def heads(size: int, names: str, out: str, per: int = 1, **more: Any) -> Site:
+def heads(size: int, names: str, out: str, *ends: End, per: int = 1, **more: Any) -> Site:
     """Attention heads with separate projections, named "query key value"; `per` queries share a key and value."""
     query, key, value = names.split()
-    ends = (
+    usual = (
         End(value, unit=size, zero=(0,)),
         End(query, unit=size * per),
         End(key, unit=size),
         End(out, "in", size * per),
     )
-    return Site("head", ends, **more)
+    return Site("head", (*usual, *ends), size * per, per, **more)
 
 
 def packed_heads(size: int, packed: str, out: str, **more: Any) -> Site:
     """Attention heads whose projection holds all queries, then all keys, then all values."""
-    return Site("head", (End(packed, unit=size, parts=3, zero=(2,)), End(out, "in", size)), **more)
+    return Site("head", (End(packed, unit=size, parts=3, zero=(2,)), End(out, "in", size)), size, **more)
 
 
-def mixed_heads(size: int, packed: str, out: str, **more: Any) -> Site:
+def mixed_heads(size: int, packed: str, out: str, *ends: End, **more: Any) -> Site:
     """Attention heads whose projection holds query, key and value head by head."""
     value = slice(2 * size, 3 * size)
-    return Site("head", (End(packed, unit=3 * size, zero=(0,), within=value), End(out, "in", size)), **more)
+    usual = (End(packed, unit=3 * size, zero=(0,), within=value), End(out, "in", size))
+    return Site("head", (*usual, *ends), size, **more)
 
 
-def channels(write: str, read: str | tuple[str, ...], *norms: str, **more: Any) -> Site:
-    """Filters of a convolution with what normalises them and what reads them."""
-    readers = (read,) if isinstance(read, str) else read
-    ends = (End(write, zero=(0,)), *(End(norm) for norm in norms), *(End(name, "in") for name in readers))
-    return Site("channel", ends, **more)
+def channels(write: str, read: str, *norms: str, depthwise: str = "", **more: Any) -> Site:
+    """Filters of a convolution with what normalises them, perhaps a depthwise one behind, and what reads them."""
+    ends = [End(write, zero=(0,)), *(End(norm) for norm in norms)]
+    ends += [End(depthwise, zero=(0,))] if depthwise else []
+    return Site("channel", (*ends, End(read, "in")), **more)
 
 
 @dataclasses.dataclass
@@ -121,6 +139,7 @@ class Place:
     total: int
     dead: tuple[int, ...]
     carrier: int | None = None
+    counted: int = 0
 
     @property
     def gone(self) -> tuple[int, ...]:
@@ -169,8 +188,11 @@ def plant(net: nn.Module, places: Sequence[Place]) -> None:
                     index = end.index(place.dead, weight.shape[axis], end.zero, end.within)
                     weight.index_fill_(axis, torch.tensor(index), 0.0)
                 if place.site.silent and end.side == "out":
-                    for tensor, axis in _tensors(target, end):
-                        index = end.index(place.dead, tensor.shape[axis], end.zero or (0,), end.within)
+                    parameters = (item for item in _tensors(target, end) if isinstance(item[0], nn.Parameter))
+                    for tensor, axis in parameters:
+                        index = end.index(
+                            place.dead, tensor.shape[axis], end.zero or range(end.parts), end.within
+                        )
                         tensor.index_fill_(axis, torch.tensor(index), 0.0)
 
 
@@ -196,15 +218,14 @@ def native(net: nn.Module, places: Sequence[Place], run: Any) -> nn.Module:
                 if not _has(small, name, end) or (id(_get(small, name)), end.side) in done:
                     continue
                 done.add((id(_get(small, name)), end.side))
+                if place.site.by_hand:
+                    place.counted += _elements(_get(small, name), end, place.gone)
+                    continue
                 if end.side == "in" and name in constants:
                     _fold(_get(small, name), end, place, constants[name])
                 _slice(small, name, end, place.gone)
-            for attribute, step in place.site.counts.items():
-                suffix, _, key = attribute.rpartition(":")
-                holder = _get(small, place.prefix + suffix)
-                if (id(holder), key) not in done:
-                    done.add((id(holder), key))
-                    setattr(holder, key, getattr(holder, key) - step * len(place.gone))
+            if place.site.size and not place.site.by_hand:
+                _count(small, place, done)
     return small
 
 
@@ -214,6 +235,17 @@ def removable(places: Sequence[Place]) -> dict[str, int]:
     for place in places:
         counts[place.site.kind] = counts.get(place.site.kind, 0) + len(place.gone)
     return counts
+
+
+def _count(net: nn.Module, place: Place, done: set[tuple[int, str]]) -> None:
+    """Lower what the module of a projection knows of its heads."""
+    holder = _get(net, (place.prefix + place.site.ends[0].suffix).rpartition(".")[0])
+    size, gone = place.site.size, len(place.gone)
+    for key, step in (*((key, 1) for key in HEAD_COUNTS), *((key, size) for key in HEAD_SIZES)):
+        units = place.site.per if step == 1 else 1
+        if getattr(holder, key, None) == place.total * step * units and (id(holder), key) not in done:
+            done.add((id(holder), key))
+            setattr(holder, key, (place.total - gone) * step * units)
 
 
 def _get(net: nn.Module, name: str) -> Any:
@@ -238,7 +270,8 @@ def _complete(net: nn.Module, prefix: str, site: Site) -> bool:
 def _tensors(target: Any, end: End) -> Iterator[tuple[torch.Tensor, int]]:
     """Yield the tensors of a module that hold a side's entries, each with its axis; the weight comes first."""
     if isinstance(target, torch.Tensor):
-        yield target, 0 if end.side == "out" else target.dim() - 1
+        usual = max(target.dim() - 2, 0) if end.side == "out" else target.dim() - 1
+        yield target, usual if end.axis is None else end.axis
     elif isinstance(target, nn.Embedding):
         yield target.weight, 1
     elif isinstance(target, nn.modules.batchnorm._BatchNorm):  # noqa: SLF001 - the common base
@@ -265,8 +298,10 @@ def _constants(net: nn.Module, places: Sequence[Place], run: Any) -> dict[str, t
     hooks = []
     for place in places:
         for end in place.site.ends:
-            target = _get(net, place.prefix + end.suffix) if end.side == "in" else None
-            if not isinstance(target, nn.Module):
+            if end.side == "out" or not _has(net, place.prefix + end.suffix, end):
+                continue
+            target = _get(net, place.prefix + end.suffix)
+            if not isinstance(target, nn.Module) or isinstance(target, nn.Embedding):
                 continue
             name, axis = place.prefix + end.suffix, 1 if _is_convolution(target) else -1
 
@@ -328,6 +363,16 @@ def _fold(target: Any, end: End, place: Place, constant: torch.Tensor) -> None:
     if getattr(target, "bias", None) is None:
         target.bias = nn.Parameter(torch.zeros(added.shape))
     target.bias += added
+
+
+def _elements(target: Any, end: End, gone: Sequence[int]) -> int:
+    """Return how many elements units have in a module."""
+    return sum(
+        tensor.numel()
+        // tensor.shape[axis]
+        * len(end.index(gone, tensor.shape[axis], range(end.parts), None))
+        for tensor, axis in _tensors(target, end)
+    )
 
 
 def _slice(net: nn.Module, name: str, end: End, dead: Sequence[int]) -> None:

@@ -141,9 +141,14 @@ def _drop_annotations(model: ir.Model) -> None:
 
 
 def _clean(dim: int | ir.SymbolicDim) -> int | str | None:
-    """Return a dimension whose name, if it has one, is an identifier (TorchScript writes others)."""
-    if isinstance(dim, int) or dim.value is None:
-        return dim if isinstance(dim, int) else None
+    """Return a dimension whose name, if it has one, is an identifier (TorchScript writes others).
+
+    PaddlePaddle writes -1 and "?" for sizes that it does not know; two of these need not be equal.
+    """
+    if isinstance(dim, int):
+        return dim if dim >= 0 else None
+    if dim.value is None or not re.search(r"[^\W\d]", dim.value):
+        return None
     return dim.value if dim.value.isidentifier() else re.sub(r"\W", "_", f"dim_{dim.value}")
 
 

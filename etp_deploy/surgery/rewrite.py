@@ -31,11 +31,15 @@ if TYPE_CHECKING:
 
 
 class Rewriter:
-    """Applies edits to one graph; equal cuts of one initializer stay one initializer."""
+    """Applies edits to one graph; cuts that come out equal are one initializer.
+
+    Also those of several initializers: exporters write a weight that a model uses twice as two equal ones.
+    """
 
     def __init__(self, graph: ir.Graph) -> None:
         self.graph = graph
-        self._cut: dict[tuple[str, bytes], ir.Value] = {}
+        self._taken: dict[tuple[ir.Value, bytes], ir.Value] = {}
+        self._cut: dict[bytes, ir.Value] = {}
         self.wanted: dict[ir.Value, str] = {}
 
     def apply(self, edits: Sequence[tuple[ir.Node, tuple[Edit, ...]]]) -> None:
@@ -90,27 +94,24 @@ class Rewriter:
         return value
 
     def _shared(self, name: str, array: np.ndarray) -> ir.Value:
-        """Return an initializer with this name and content, one for all nodes whose cuts come out equal."""
+        """Return an initializer with this content, one for all nodes whose cuts come out equal."""
         digest = hashlib.sha256(
             f"{array.dtype} {array.shape}".encode() + np.ascontiguousarray(array).data
         ).digest()
-        if (name, digest) not in self._cut:
-            self._cut[name, digest] = self._named(array, name)
-        return self._cut[name, digest]
+        if digest not in self._cut:
+            self._cut[digest] = self._named(array, name)
+        return self._cut[digest]
 
     def _slice_input(self, node: ir.Node, index: int, takes: tuple[tuple[int, np.ndarray], ...]) -> None:
         old = node.inputs[index]
         assert old is not None
-        key = (
-            old.name or "",
-            b"".join(bytes([axis]) + np.ascontiguousarray(line).tobytes() for axis, line in takes),
-        )
-        if key not in self._cut:
+        lines = b"".join(bytes([axis]) + np.ascontiguousarray(line).tobytes() for axis, line in takes)
+        if (old, lines) not in self._taken:
             array = self._array(node, index)
             for axis, line in takes:
                 array = np.take(array, line, axis=axis)
-            self._cut[key] = self._named(array, old.name or f"{node.outputs[0].name}_{index}")
-        node.replace_input_with(index, self._cut[key])
+            self._taken[old, lines] = self._shared(old.name or f"{node.outputs[0].name}_{index}", array)
+        node.replace_input_with(index, self._taken[old, lines])
 
     def _set_shape(self, node: ir.Node, index: int, sizes: tuple[tuple[Size, bool], ...]) -> None:
         target = node.inputs[index]
@@ -172,7 +173,7 @@ class Rewriter:
                 return
         shape = [1] * (rank - edit.axis)
         shape[0] = -1
-        vector = constant(self.graph, edit.vector.reshape(shape), f"{out.name}_constant")
+        vector = self._shared(f"{out.name}_constant", edit.vector.reshape(shape))
         self._insert_after(out, "Add", vector, "constant")
 
     def _affine(self, node: ir.Node, edit: Affine) -> None:
