@@ -17,7 +17,6 @@ import importlib
 import json
 import sys
 import tempfile
-import time
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -129,36 +128,20 @@ def _export(
 def _compressed(
     entry: Entry, example: dict[str, Any], places: list[Place], paths: tuple[Path, Path, Path]
 ) -> dict[str, Any]:
+    from networks.outcome import elements, outcome  # noqa: PLC0415
     from networks.sites import removable  # noqa: PLC0415
-    from zoo.export import weight_elements  # noqa: PLC0415
 
     from etp_deploy.pipeline import compress  # noqa: PLC0415
 
     before, after, floor = paths
     inputs = {name: tensor.numpy() for name, tensor in example.items()} if entry.real else None
-    started = time.monotonic()
     try:
         report = compress(before, after, align="off", simplify=False, inputs=inputs)
     except EtpError as error:
         return {"outcome": "refused", "reason": str(error)}
-    assert report.verification is not None
-    sizes = [weight_elements(path) for path in (before, floor, after)]
+    sizes = [elements(path) for path in (before, floor, after)]
     sizes[1] -= sum(place.counted for place in places)
-    kept: dict[str, int] = {}
-    for layer in report.layers:
-        for text, count in layer.reasons:
-            kept[f"{text} [{layer.kind}]"] = kept.get(f"{text} [{layer.kind}]", 0) + count
-    return {
-        "outcome": "at the floor" if sizes[2] <= sizes[1] else "pinned",
-        "parameters": dict(zip(("planted", "floor", "compressed"), sizes, strict=True)),
-        "planted": removable(places),
-        "removed": report.removed,
-        "kept_dead": kept,
-        "max_rel_error": report.verification.max_rel_error,
-        "samples": report.verification.samples,
-        "notes": list(report.verification.notes),
-        "compress_seconds": round(time.monotonic() - started, 1),
-    }
+    return outcome(report, sizes, removable(places))
 
 
 def _import_once() -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from PIL import Image, ImageDraw
 
 sys.path.insert(0, str(Path(__file__).parent))
 from rows import Results, be_nice, in_own_process, table
@@ -63,6 +64,24 @@ def image(name: str, *shape: int, channels_last: bool = False) -> Callable[[np.r
         smooth = np.kron(coarse, np.ones((1, 1, 16, 16)))[:, :, :height, :width]
         noisy = np.clip(smooth + random.normal(scale=0.05, size=smooth.shape), 0, 1)
         return {name: np.moveaxis(noisy, 1, -1) if channels_last else noisy}
+
+    return draw
+
+
+def writing(name: str, *shape: int) -> Callable[[np.random.Generator], Arrays]:
+    """Make pictures of printed words, dark on light, from -1 to 1."""
+
+    def draw(random: np.random.Generator) -> Arrays:
+        batch, channels, height, width = shape
+        pages = []
+        for _ in range(batch):
+            sheet = Image.new("L", (width, height), 235)
+            pen = ImageDraw.Draw(sheet)
+            for top in range(4, height - 20, 32):
+                letters = random.integers(ord("A"), ord("Z"), 12, endpoint=True)
+                pen.text((6, top), "".join(map(chr, letters)), fill=20, font_size=24)
+            pages.append(np.asarray(sheet) / 127.5 - 1)
+        return {name: np.repeat(np.stack(pages)[:, None], channels, 1)}
 
     return draw
 
@@ -127,9 +146,9 @@ SILERO = "silero-vad==6.2.3"
 RAPID = "rapidocr==3.10.0"
 EEG = "brainmaze-eeg-models==0.1.0"
 MODELS = (
-    Model(RAPID, "rapidocr/models/PP-OCRv6_det_small.onnx", image("x", 2, 3, 160, 224)),
-    Model(RAPID, "rapidocr/models/PP-OCRv6_rec_small.onnx", image("x", 2, 3, 48, 160)),
-    Model(RAPID, "rapidocr/models/ch_ppocr_mobile_v2.0_cls_mobile.onnx", image("x", 3, 3, 48, 192)),
+    Model(RAPID, "rapidocr/models/PP-OCRv6_det_small.onnx", writing("x", 2, 3, 160, 224)),
+    Model(RAPID, "rapidocr/models/PP-OCRv6_rec_small.onnx", writing("x", 2, 3, 48, 160)),
+    Model(RAPID, "rapidocr/models/ch_ppocr_mobile_v2.0_cls_mobile.onnx", writing("x", 3, 3, 48, 192)),
     Model("ocra==0.2.1", "ocra/ishandwritten/handwritten_model.onnx", image("input", 2, 3, 224, 224)),
     Model(
         "ocra==0.2.1",

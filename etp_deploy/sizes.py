@@ -39,7 +39,7 @@ class ModelSizes:
 def model_sizes(model: ir.Model, path: Path, prepared: ir.Graph | None = None) -> ModelSizes:
     """Count a model's sizes; `path` is where it lies, `prepared` its graph with shapes where that is at hand."""
     return ModelSizes(
-        parameters=sum(int(tensor.size) for tensor in _weights(model)),
+        parameters=sum(int(tensor.size) for tensor in weights(model)),
         bytes=file_bytes(model, path),
         macs=count_macs(model) if prepared is None else graph_macs(prepared),
         nodes=sum(1 for node in model.graph.all_nodes() if node.op_type != "Constant"),
@@ -51,7 +51,8 @@ def elements(value: ir.Value) -> int:
     return 0 if value.const_value is None else int(value.const_value.size)
 
 
-def _weights(model: ir.Model) -> Iterable[ir.TensorProtocol]:
+def weights(model: ir.Model) -> Iterable[ir.TensorProtocol]:
+    """Yield all floating-point constants of a model: initializers and Constant nodes, in all graphs."""
     for graph in model.graphs():
         constants = [value.const_value for value in graph.initializers.values()]
         constants += [

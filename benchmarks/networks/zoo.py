@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
-from zoo.export import export, weight_elements
+from zoo.export import export
 from zoo.networks import ZOO
 from zoo.planting import Planting, plant
 
 from etp_deploy.pipeline import compress
+from networks.outcome import elements, outcome
 
 
 def measure_zoo(name: str) -> dict[str, Any]:
@@ -19,33 +19,17 @@ def measure_zoo(name: str) -> dict[str, Any]:
     entry = ZOO[name]
     net = entry.build()
     planted = plant(net, Planting(zeros="weights" if entry.constants else "all"))
-    started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="zoo-") as folder:
         paths = [Path(folder) / f"{part}.onnx" for part in ("planted", "floor", "small")]
         export(net, entry, paths[0], dynamic=entry.dynamics[-1])
         export(entry.build(planted.widths), entry, paths[1], dynamic=entry.dynamics[-1])
         report = compress(paths[0], paths[2], align="off", simplify=False)
-        sizes = [weight_elements(path) for path in paths]
-    assert report.verification is not None
-    kept: dict[str, int] = {}
-    for layer in report.layers:
-        for text, count in layer.reasons:
-            kept[f"{text} [{layer.kind}]"] = kept.get(f"{text} [{layer.kind}]", 0) + count
+        sizes = [elements(path) for path in paths]
     kinds = {site.key: (site.kind, site.groups) for site in entry.build().sites()}
     gone: dict[str, int] = {}
     for key, width in planted.widths.items():
-        kind, groups = kinds[key]
+        kind, groups = kinds.get(key, ("inner", 1))
         label = kind if kind in {"head", "neuron"} else "channel"
         gone[label] = gone.get(label, 0) + groups * (entry.widths[key] - width)
-    return {
-        "exporter": "dynamo",
-        "outcome": "at the floor" if sizes[2] <= sizes[1] else "pinned",
-        "parameters": dict(zip(("planted", "floor", "compressed"), sizes, strict=True)),
-        "planted": {kind: count for kind, count in gone.items() if count},
-        "removed": report.removed,
-        "kept_dead": kept,
-        "max_rel_error": report.verification.max_rel_error,
-        "samples": report.verification.samples,
-        "notes": list(report.verification.notes),
-        "compress_seconds": round(time.monotonic() - started, 1),
-    }
+    planted_units = {kind: count for kind, count in gone.items() if count}
+    return {"exporter": "dynamo", **outcome(report, sizes, planted_units)}
