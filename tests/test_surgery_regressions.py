@@ -317,3 +317,43 @@ def test_sizes_that_are_not_known_are_not_equal():
     small, feeds = shrunk(proto), {"x": net.rand(2, 3, 5, 7)}
     assert weight_elements(small) == 5 * 27 + 5 + 2 * 5 + 2
     assert np.allclose(run(proto, feeds)[0], run(small, feeds)[0], rtol=1e-5, atol=1e-6)
+
+
+def scattered(divided):
+    """Return a graph that sums neighbours' channels by index, and divides by their number, at least one or not."""
+    net = Net(x=(4, 6), where=(4, 1))
+    size = np.array([4, 8])
+    net.node("MatMul", ["x", net.rand(6, 8, dead=(1, 4, 5), axis=1)], "h")
+    net.node("Cast", ["where"], "column", to=onnx.TensorProto.INT64)
+    net.node("Reshape", ["column", np.array([-1])], "rows")
+    net.node("Gather", ["h", "rows"], "message", axis=0)
+    net.node("Expand", ["column", size], "places")
+    net.node("ConstantOfShape", [size], "nothing")
+    net.node("ScatterElements", ["nothing", "places", "message"], "sum", axis=0, reduction="add")
+    net.node("ReduceSum", ["x", np.array([1])], "total", keepdims=1)
+    net.node("Max", ["total", np.float32(1)], "number")
+    net.node("Expand", ["number" if divided else "total", size], "numbers")
+    net.node("Div", ["sum", "numbers"], "mean")
+    net.node("MatMul", ["mean", net.rand(8, 3)], "y")
+    return net.case("y")
+
+
+def test_channels_that_are_summed_by_index():
+    """Indices that are copied for each channel shrink with the channels, and a mean of zeros is zero."""
+    assert gained(scattered(divided=True)) == (6 * 8 + 1 + 8 * 3, 6 * 5 + 1 + 5 * 3)
+
+
+def test_zero_divided_by_what_may_be_zero():
+    """Zero by zero is not zero: such channels stay."""
+    before, after = gained(scattered(divided=False))
+    assert after == before
+
+
+def test_channels_that_are_picked_by_index():
+    """Each channel's own indices go with it; where only some channels are picked, all stay."""
+    for columns, after in ((8, 5 * 6 + 5 * 3), (7, 8 * 6 + 7 * 3)):
+        net = Net(x=(4, 6))
+        net.node("MatMul", ["x", net.rand(6, 8, dead=(1, 4, 5), axis=1)], "h")
+        net.node("GatherElements", ["h", np.arange(3 * columns).reshape(3, columns) % 4], "g", axis=0)
+        net.node("MatMul", ["g", net.rand(columns, 3)], "y")
+        assert gained(net.case("y"))[1] == after

@@ -19,7 +19,7 @@ import onnx_ir.passes.common as passes
 from onnx_shape_inference import SYM_DATA_KEY, ShapeInferenceError, infer_symbolic_shapes
 
 from etp_deploy.errors import ModelError
-from etp_deploy.surgery.absorb import absorb_padding, omit_zero_states
+from etp_deploy.surgery.absorb import absorb_padding, omit_expansions, omit_zero_states
 from etp_deploy.surgery.evaluate import evaluate
 from etp_deploy.surgery.shapes import Size, is_parameter
 
@@ -92,7 +92,8 @@ def prepare(model: ir.Model) -> ir.Model:
         infer_shapes(model)
         changed = _fold_integers(model.graph) | _resolve_shapes(model.graph) | _fill_shapes(model.graph)
         passes.RemoveUnusedNodesPass()(model)
-    if absorb_padding(model.graph) | omit_zero_states(model.graph):
+    graph = model.graph
+    if absorb_padding(graph) | omit_zero_states(graph) | omit_expansions(graph, shape_data):
         passes.RemoveUnusedNodesPass()(model)
     return model
 
