@@ -21,7 +21,7 @@ from onnx_shape_inference import SYM_DATA_KEY, ShapeInferenceError, infer_symbol
 import etp_deploy.surgery.fused_shapes
 import etp_deploy.surgery.quantized_shapes  # noqa: F401 - teaches shape inference
 from etp_deploy.errors import ModelError
-from etp_deploy.surgery.absorb import absorb_padding, omit_zero_states
+from etp_deploy.surgery.absorb import absorb_padding, omit_expansions, omit_zero_states
 from etp_deploy.surgery.boundaries import (
     forget_body_inputs,
     forget_shapes,
@@ -115,7 +115,8 @@ def prepare(model: ir.Model) -> ir.Model:
         infer_shapes(model)
         changed = _fold_integers(model.graph) | _resolve_shapes(model.graph) | _fill_shapes(model.graph)
         remove_unused(model)
-    if absorb_padding(model.graph) | omit_zero_states(model.graph):
+    graph = model.graph
+    if absorb_padding(graph) | omit_zero_states(graph) | omit_expansions(graph, shape_data):
         remove_unused(model)
     return model
 
@@ -171,9 +172,14 @@ def _drop_annotations(model: ir.Model) -> None:
 
 
 def _clean(dim: int | ir.SymbolicDim) -> int | str | None:
-    """Return a dimension whose name, if it has one, is an identifier (TorchScript writes others)."""
-    if isinstance(dim, int) or dim.value is None:
-        return dim if isinstance(dim, int) else None
+    """Return a dimension whose name, if it has one, is an identifier (TorchScript writes others).
+
+    PaddlePaddle writes -1 and "?" for sizes that it does not know; two of these need not be equal.
+    """
+    if isinstance(dim, int):
+        return dim if dim >= 0 else None
+    if dim.value is None or not re.search(r"[^\W\d]", dim.value):
+        return None
     return dim.value if dim.value.isidentifier() else re.sub(r"\W", "_", f"dim_{dim.value}")
 
 

@@ -37,14 +37,16 @@ if TYPE_CHECKING:
 
 
 class Rewriter:
-    """Applies edits to a graph and the bodies in it; equal cuts of one initializer stay one initializer.
+    """Applies edits to a graph and the bodies in it; cuts that come out equal are one initializer.
 
-    All initializers are the main graph's: bodies read them from there.
+    Also those of several initializers: exporters write a weight that a model uses twice as two equal ones. All
+    initializers are the main graph's: bodies read them from there.
     """
 
     def __init__(self, graph: ir.Graph) -> None:
         self.graph = graph
-        self._cut: dict[tuple[str, bytes], ir.Value] = {}
+        self._takes: dict[tuple[ir.Value, bytes], ir.Value] = {}
+        self._cut: dict[bytes, ir.Value] = {}
         self.wanted: dict[ir.Value, str] = {}
 
     def apply(self, edits: Sequence[tuple[ir.Node, tuple[Edit, ...]]]) -> None:
@@ -142,24 +144,21 @@ class Rewriter:
         return value
 
     def _shared(self, name: str, array: np.ndarray) -> ir.Value:
-        """Return an initializer with this name and content, one for all nodes whose cuts come out equal."""
+        """Return an initializer with this content, one for all nodes whose cuts come out equal."""
         content = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
         digest = hashlib.sha256(f"{array.dtype} {array.shape}".encode() + content.data).digest()
-        if (name, digest) not in self._cut:
-            self._cut[name, digest] = self._named(array, name)
-        return self._cut[name, digest]
+        if digest not in self._cut:
+            self._cut[digest] = self._named(array, name)
+        return self._cut[digest]
 
     def _slice_input(self, node: ir.Node, index: int, takes: tuple[tuple[int, np.ndarray], ...]) -> None:
         old = node.inputs[index]
         assert old is not None
-        key = (
-            old.name or "",
-            b"".join(bytes([axis]) + np.ascontiguousarray(line).tobytes() for axis, line in takes),
-        )
-        if key not in self._cut:
+        lines = b"".join(bytes([axis]) + np.ascontiguousarray(line).tobytes() for axis, line in takes)
+        if (old, lines) not in self._takes:
             name = old.name or f"{node.outputs[0].name}_{index}"
-            self._cut[key] = self._taken(old, takes, name)
-        node.replace_input_with(index, self._cut[key])
+            self._takes[old, lines] = self._taken(old, takes, name)
+        node.replace_input_with(index, self._takes[old, lines])
 
     def _taken(self, old: ir.Value, takes: tuple[tuple[int, np.ndarray], ...], name: str) -> ir.Value:
         """Add an initializer that is cut when it is written, so that no two cuts are in memory at once."""
@@ -175,7 +174,12 @@ class Rewriter:
                 array = np.take(array, line, axis=axis)
             return array
 
-        return self._named(deferred(cut, source.dtype, ir.Shape(shape), name), name)
+        tensor = deferred(cut, source.dtype, ir.Shape(shape), name)
+        return (
+            self._named(tensor, name)
+            if isinstance(tensor, ir.LazyTensor)
+            else self._shared(name, tensor.numpy())
+        )
 
     def _set_shape(self, node: ir.Node, index: int, sizes: tuple[tuple[Size, bool], ...]) -> None:
         target = node.inputs[index]
@@ -237,7 +241,7 @@ class Rewriter:
                 return
         shape = [1] * (rank - edit.axis)
         shape[0] = -1
-        vector = constant(self.graph, edit.vector.reshape(shape), f"{out.name}_constant")
+        vector = self._shared(f"{out.name}_constant", edit.vector.reshape(shape))
         self._insert_after(out, "Add", vector, "constant")
 
     def _affine(self, node: ir.Node, edit: Affine) -> None:
