@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from etp_deploy.surgery.statements.base import Statement
 
 
-def _padded(node: ir.Node) -> bool:
+def padded(node: ir.Node) -> bool:
     """Return whether an operator reads outside its input."""
     if attribute(node, "auto_pad", "NOTSET") in {"SAME_UPPER", "SAME_LOWER"}:
         return True
@@ -49,7 +49,7 @@ def conv(node: ir.Node) -> Statement:
     """y[n, g*o, ...] = sum_i,k x[n, g*i, ... + k] * w[g*o, i, k] + b[g*o]"""
     _static_parameters(node)
     weight = Weight(1, out=0, contracted=1, groups=attribute(node, "group", 1))
-    return Contraction(node, data=0, data_axis=1, out_axis=1, weight=weight, bias=2, bordered=_padded(node))
+    return Contraction(node, data=0, data_axis=1, out_axis=1, weight=weight, bias=2, bordered=padded(node))
 
 
 @rule(
@@ -100,7 +100,7 @@ def pool(node: ir.Node) -> Statement:
 )
 def average_pool(node: ir.Node) -> Statement:
     """y[n, c, ...] = mean over windows of x[n, c, ...]; padding that counts makes borders differ unless zero"""
-    counted = bool(attribute(node, "count_include_pad", 0)) and _padded(node)
+    counted = bool(attribute(node, "count_include_pad", 0)) and padded(node)
     return Pointwise(node, _channelwise(node), constants="zero" if counted else "pass", whole="pooled over")
 
 

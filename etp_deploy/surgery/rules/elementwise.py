@@ -112,7 +112,10 @@ def identity(node: ir.Node) -> Statement:
     training = input_at(node, 2)
     if node.op_type == "Dropout" and training is not None and constant_at(node, 2, "training mode is").any():
         raise RefusedError("Dropout in training mode is random")
-    return Pointwise(node, {0: same_axes(rank(node.inputs[0]))}, constants="pass", same_entries=True)
+    axes = same_axes(rank(node.inputs[0]))
+    # of an initializer (the first value of a state) every axis may have channels
+    fresh = tuple(range(len(axes))) if array_of(node.inputs[0]) is not None else ()
+    return Pointwise(node, {0: axes}, constants="pass", same_entries=True, fresh=fresh)
 
 
 @rule(
