@@ -97,8 +97,11 @@ class Mutant:
 
 
 def families() -> list[str]:
-    """Return the names of all modules that hold rules."""
-    return sorted({function.__module__.rsplit(".", 1)[1] for function in _ORIGINALS.values()})
+    """Return the modules whose rules carry examples; a node with a body is shown by whole graphs instead."""
+    shown = {
+        function.__module__ for operator, function in _ORIGINALS.items() if registry.examples_of(*operator)
+    }
+    return sorted(name.rsplit(".", 1)[1] for name in shown)
 
 
 def mutants(family: str) -> Iterator[Mutant]:
