@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
-import onnx_ir.passes.common as passes
 
 from etp_deploy.errors import PlanError
+from etp_deploy.surgery.boundaries import name_apart, release_bodies, remove_unused
 from etp_deploy.surgery.prepare import constant
 from etp_deploy.surgery.statements.base import (
     AddVector,
     Affine,
     Edit,
+    FreeShape,
     GatherInput,
     SetAttribute,
     SetInput,
@@ -26,6 +27,7 @@ from etp_deploy.surgery.statements.base import (
     taken,
 )
 from etp_deploy.surgery.stored import pack, set_stored, stored
+from etp_deploy.tensors import deferred, unshared
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,7 +36,10 @@ if TYPE_CHECKING:
 
 
 class Rewriter:
-    """Applies edits to one graph; equal cuts of one initializer stay one initializer."""
+    """Applies edits to a graph and the bodies in it; equal cuts of one initializer stay one initializer.
+
+    All initializers are the main graph's: bodies read them from there.
+    """
 
     def __init__(self, graph: ir.Graph) -> None:
         self.graph = graph
@@ -55,9 +60,13 @@ class Rewriter:
                     self._affine(node, change)
 
     def _apply(self, node: ir.Node, edit: Edit) -> None:
+        if isinstance(edit, SetAttribute | SetShape | SetSlice | FreeShape):
+            self._change_node(node, edit)
+        elif not self._take_stored(node, edit):
+            self._change_input(node, edit)
+
+    def _change_input(self, node: ir.Node, edit: Edit) -> None:
         match edit:
-            case _ if self._take_stored(node, edit):
-                pass
             case SetInput(index, array):
                 self._set_input(node, index, array)
             case SliceInput(index, takes):
@@ -67,6 +76,11 @@ class Rewriter:
                 self._set_input(node, index, array)
             case TakeEntries():
                 self._take_entries(node, edit)
+            case _:
+                raise PlanError(f"an edit of an unknown kind: {type(edit).__name__}")
+
+    def _change_node(self, node: ir.Node, edit: SetAttribute | SetShape | SetSlice | FreeShape) -> None:
+        match edit:
             case SetAttribute(name, None):
                 node.attributes.pop(name, None)
             case SetAttribute(name, (int() | float() | tuple()) as value):
@@ -75,8 +89,8 @@ class Rewriter:
                 self._set_shape(node, index, sizes)
             case SetSlice():
                 self._set_slice(node, edit)
-            case _:
-                raise PlanError(f"an edit of an unknown kind: {type(edit).__name__}")
+            case FreeShape(value):
+                value.shape = None
 
     def _take_entries(self, node: ir.Node, edit: TakeEntries) -> None:
         array = self._array(node, edit.index)
@@ -120,9 +134,9 @@ class Rewriter:
             node.resize_inputs(index + 1)
         node.replace_input_with(index, self._shared(name, array))
 
-    def _named(self, array: np.ndarray, name: str) -> ir.Value:
+    def _named(self, tensor: np.ndarray | ir.TensorProtocol, name: str) -> ir.Value:
         """Add an initializer that takes over a name as soon as that is free."""
-        value = constant(self.graph, array, name)
+        value = constant(self.graph, tensor, name)
         self.wanted[value] = name
         return value
 
@@ -142,11 +156,25 @@ class Rewriter:
             b"".join(bytes([axis]) + np.ascontiguousarray(line).tobytes() for axis, line in takes),
         )
         if key not in self._cut:
-            array = self._array(node, index)
-            for axis, line in takes:
-                array = np.take(array, line, axis=axis)
-            self._cut[key] = self._named(array, old.name or f"{node.outputs[0].name}_{index}")
+            name = old.name or f"{node.outputs[0].name}_{index}"
+            self._cut[key] = self._taken(old, takes, name)
         node.replace_input_with(index, self._cut[key])
+
+    def _taken(self, old: ir.Value, takes: tuple[tuple[int, np.ndarray], ...], name: str) -> ir.Value:
+        """Add an initializer that is cut when it is written, so that no two cuts are in memory at once."""
+        source = old.const_value
+        assert source is not None
+        shape = list(source.shape.numpy())
+        for axis, line in takes:
+            shape[axis] = line.size
+
+        def cut() -> np.ndarray:
+            array = unshared(source).numpy()
+            for axis, line in sorted(takes, key=lambda take: take[1].size / array.shape[take[0]]):
+                array = np.take(array, line, axis=axis)
+            return array
+
+        return self._named(deferred(cut, source.dtype, ir.Shape(shape), name), name)
 
     def _set_shape(self, node: ir.Node, index: int, sizes: tuple[tuple[Size, bool], ...]) -> None:
         target = node.inputs[index]
@@ -169,7 +197,7 @@ class Rewriter:
         fresh = ir.node("Concat", parts, {"axis": 0})
         fresh.outputs[0].name = f"{target.name}_{node.outputs[0].name}"
         fresh.outputs[0].type, fresh.outputs[0].shape = target.type, target.shape
-        self.graph.insert_before(node, fresh)
+        graph_of(node).insert_before(node, fresh)
         node.replace_input_with(index, fresh.outputs[0])
 
     def _set_slice(self, node: ir.Node, edit: SetSlice) -> None:
@@ -229,7 +257,8 @@ class Rewriter:
         added = ir.node(operator, [out, operand])
         fresh = added.outputs[0]
         fresh.type, fresh.shape = out.type, out.shape
-        places = [place for place, value in enumerate(self.graph.outputs) if value is out]
+        graph = graph_of(producer)
+        places = [place for place, value in enumerate(graph.outputs) if value is out]
         if places:
             fresh.name, out.name = out.name, f"{out.name}_without_{what}"
         else:
@@ -237,8 +266,14 @@ class Rewriter:
         for user, place in users:
             user.replace_input_with(place, fresh)
         for place in places:
-            self.graph.outputs[place] = fresh
-        self.graph.insert_after(producer, added)
+            graph.outputs[place] = fresh
+        graph.insert_after(producer, added)
+
+
+def graph_of(node: ir.Node) -> ir.Graph:
+    """Return the graph, main or body, that a node stands in."""
+    assert isinstance(node.graph, ir.Graph)
+    return node.graph
 
 
 def _attribute(name: str, value: float | tuple[int, ...]) -> ir.Attr:
@@ -270,14 +305,16 @@ def rewrite(model: ir.Model, edits: Sequence[tuple[ir.Node, tuple[Edit, ...]]]) 
     """Apply edits to a prepared model, in place, and drop what nothing uses any more."""
     rewriter = Rewriter(model.graph)
     rewriter.apply(edits)
-    for value in (value for node in model.graph for value in node.outputs):
+    for value in (value for node in model.graph.all_nodes() for value in node.outputs):
         if not value.is_graph_output():
             value.shape = None
-    passes.RemoveUnusedNodesPass()(model)
+    release_bodies(model.graph)
+    remove_unused(model)
     rewriter.wanted.update(pack(model.graph, constant, rewriter.wanted))
     for value, name in rewriter.wanted.items():
         if value.is_initializer() and name not in model.graph.initializers:
             value.name = name
+    name_apart(model)
 
 
 def restore_interface(model: ir.Model, original: ir.Model) -> None:

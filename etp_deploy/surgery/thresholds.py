@@ -9,12 +9,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-import onnx_ir as ir
 
 from etp_deploy.surgery.shapes import is_parameter
+from etp_deploy.tensors import deferred, unshared
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+
+    import onnx_ir as ir
 
 # where each operator keeps its weight, and the weight's axis of output channels
 _WEIGHTS = {"Conv": (1, 0), "ConvTranspose": (1, 1), "Gemm": (1, 1), "MatMul": (1, 1)}
@@ -41,13 +43,29 @@ def _weights(graph: ir.Graph) -> Iterator[tuple[ir.Value, int]]:
 def with_zeros(model: ir.Model, share: float) -> ir.Model:
     """Return a model in which weights below a share of their layer's largest are zero; the given one stays."""
     model = model.clone()
-    for value, _ in _weights(model.graph):
-        assert value.const_value is not None
-        array = value.const_value.numpy()
-        small = np.abs(array) < share * np.abs(array).max(initial=0)
-        if (small & (array != 0)).any():
-            value.const_value = ir.Tensor(np.where(small, np.zeros((), array.dtype), array), name=value.name)
+    for value, axis in _weights(model.graph):
+        source = value.const_value
+        assert source is not None
+        bound = share * _largest(source, axis).max(initial=0)
+        array = unshared(source).numpy()
+        if np.count_nonzero(np.abs(array) < bound) > array.size - np.count_nonzero(array):
+            value.const_value = deferred(_cleared(source, bound), source.dtype, source.shape, value.name)
     return model
+
+
+def _cleared(source: ir.TensorProtocol, bound: float) -> Callable[[], np.ndarray]:
+    def clear() -> np.ndarray:
+        array = unshared(source).numpy()
+        return np.where(np.abs(array) < bound, np.zeros((), array.dtype), array)
+
+    return clear
+
+
+def _largest(tensor: ir.TensorProtocol, axis: int) -> np.ndarray:
+    """Return the largest magnitude of each output channel, without another array of the weight's size."""
+    array = unshared(tensor).numpy()
+    others = tuple(other for other in range(array.ndim) if other != axis)
+    return np.asarray(np.maximum(array.max(axis=others, initial=0), -array.min(axis=others, initial=0)))
 
 
 def newly_dead(model: ir.Model, share: float) -> int:
@@ -55,9 +73,6 @@ def newly_dead(model: ir.Model, share: float) -> int:
     count = 0
     for value, axis in _weights(model.graph):
         assert value.const_value is not None
-        array = value.const_value.numpy()
-        largest = np.abs(array).max(
-            axis=tuple(other for other in range(array.ndim) if other != axis), initial=0
-        )
+        largest = _largest(value.const_value, axis)
         count += int(((largest < share * largest.max(initial=0)) & (largest > 0)).sum())
     return count

@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from etp_deploy.surgery.shapes import ONE, Size, Structure, axis_size, frame, frame_dims, is_parameter, plain
+from etp_deploy.tensors import unshared
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -104,6 +105,13 @@ class Affine:
     offset: np.ndarray | None
 
 
+@dataclass(frozen=True)
+class FreeShape:
+    """Forget the shape that an input or output of a body declares."""
+
+    value: ir.Value
+
+
 Edit = (
     SetInput
     | SliceInput
@@ -114,6 +122,7 @@ Edit = (
     | SetSlice
     | AddVector
     | Affine
+    | FreeShape
 )
 
 
@@ -121,11 +130,20 @@ class Statement:
     """How one node relates the channels of its inputs and outputs.
 
     The stages call the methods in this order: `structure` and `constants` once, walking forward; `spread` and
-    `repair` until nothing grows; `layout` walking forward; `edits` at the end.
+    `repair` until nothing grows; `layout` walking forward; `edits` at the end. Of a node with bodies, `enter`
+    comes before the walk through them, which is repeated until `holds`, and `enter_layout` before their layout.
     """
 
     def __init__(self, node: ir.Node) -> None:
         self.node = node
+
+    def enter(self, state: State) -> None:
+        """Say what is known of the inputs of the node's bodies."""
+
+    def holds(self, state: State) -> bool:
+        """Say whether the bodies keep to what `enter` said, which says less the next time if not."""
+        del state
+        return True
 
     def structure(self, state: State) -> None:
         """Say which axes of the outputs are labelled, and pin what this node cannot let go."""
@@ -141,6 +159,9 @@ class Statement:
         """Keep what a valid tensor needs beyond liveness (equal counts); say whether anything grew."""
         del state
         return False
+
+    def enter_layout(self, state: State) -> None:
+        """Say in which order the kept positions stand in the inputs of the node's bodies."""
 
     def layout(self, state: State) -> None:
         """Say in which order the kept positions stand in the outputs.
@@ -187,10 +208,14 @@ def set_plain(state: State, value: ir.Value) -> None:
 
 
 def array_of(value: ir.Value | None) -> np.ndarray | None:
-    """Return an initializer's array (memory-mapped where it is external), or None for any other tensor."""
+    """Return an initializer's array, or None for any other tensor.
+
+    External data is mapped anew at each call and unmapped with the array: hold on to none, and memory follows the
+    largest tensor, not the model.
+    """
     if value is None or not is_parameter(value) or value.const_value is None:
         return None
-    return value.const_value.numpy()
+    return unshared(value.const_value).numpy()
 
 
 def new_sizes(structure: Structure, reduced: tuple[int, ...]) -> tuple[tuple[Size, bool], ...]:
@@ -214,7 +239,7 @@ def cut_size(edit: Edit, value: ir.Value) -> tuple[int, bytes]:
         case SliceInput(_, takes):
             size = int(value.const_value.size)
             for axis, line in takes:
-                size = size // value.const_value.numpy().shape[axis] * line.size
+                size = size // value.const_value.shape.numpy()[axis] * line.size
             return size, b"".join(bytes([axis]) + line.tobytes() for axis, line in takes)
         case GatherInput(_, _, indices, merged):
             return int(np.prod(merged)), b"".join(index.tobytes() for index in indices)

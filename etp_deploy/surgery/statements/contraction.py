@@ -25,6 +25,7 @@ from etp_deploy.surgery.statements.base import (
     Edit,
     SetAttribute,
     SetInput,
+    SliceInput,
     Statement,
     TakeEntries,
     array_of,
@@ -32,7 +33,7 @@ from etp_deploy.surgery.statements.base import (
     set_plain,
 )
 from etp_deploy.surgery.statements.pointwise import missing_rows
-from etp_deploy.surgery.statements.weights import Weight, take_merged
+from etp_deploy.surgery.statements.weights import Reads, Weight, merged_places
 from etp_deploy.surgery.stored import stored
 
 if TYPE_CHECKING:
@@ -129,10 +130,9 @@ class Contraction(Statement):
             if source is not None and self._passes(source):
                 out[axis] = structure[source]
         self._axis: Axis = structure[self.data_axis]
-        # a view wherever the layout allows: weights may be memory-mapped
-        self._flat = self.weight.flattened(self._array(), self._axis)
-        self.nonzero = (self._flat != 0).any(axis=3)
-        outputs = self.nonzero.shape[0] * self.nonzero.shape[1]
+        flat = self._flat()
+        self.reads = Reads(flat[..., 0] != 0 if flat.shape[3] == 1 else (flat != 0).any(axis=3))
+        outputs = self.reads.shape[0] * self.reads.shape[1]
         out[self.out_axis] = labelled(outputs) if outputs > 1 else plain((1,))[0]
         self.active = True
         state.set_structure(self.out, tuple(out))
@@ -160,14 +160,23 @@ class Contraction(Statement):
 
     def _weighted(self, value: np.ndarray, form: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
         """As `_sums`, of the weight in another form."""
-        result = np.zeros(self.nonzero.shape[:2])
-        for group in range(self.nonzero.shape[0]):
+        result = np.zeros(self.reads.shape[:2])
+        if not value.any():
+            return result
+        flat = self._flat()
+        for group in range(self.reads.shape[0]):
             columns = np.flatnonzero(value[group])
             if columns.size:
-                chosen = self._flat[group][:, columns]
-                weights = form(chosen).sum(axis=2, dtype=np.float64)
+                weights = form(flat[group][:, columns]).sum(axis=2, dtype=np.float64)
                 result[group] = weights @ value[group][columns]
         return result * self.bias_scale
+
+    def _flat(self) -> np.ndarray:
+        """Return the weight as (group, output, labelled input position, all the rest), for the moment.
+
+        A view wherever the layout allows, and never held on to: weights may be memory-mapped.
+        """
+        return self.weight.flattened(self._array(), self._axis)
 
     def _array(self) -> np.ndarray:
         array = array_of(self.node.inputs[self.weight.index])
@@ -206,11 +215,11 @@ class Contraction(Statement):
         """Return which input channels stay, as (group, input of the group)."""
         mask = state.mask(self.data)
         if not self._data_dims:
-            return np.ones(self.nonzero.shape[::2], bool)
+            return np.ones(self.reads.shape[::2], bool)
         return self._by_group(self._along_data(mask))
 
     def _kept_outputs(self, state: State) -> np.ndarray:
-        return self._along_out(state.mask(self.out)).reshape(self.nonzero.shape[:2])
+        return self._along_out(state.mask(self.out)).reshape(self.reads.shape[:2])
 
     def _held(self, state: State) -> tuple[np.ndarray, np.ndarray]:
         """Return which input channels are known constants, and their values, as (group, input of the group)."""
@@ -219,7 +228,7 @@ class Contraction(Statement):
         return self._constants
 
     def _read_constants(self, state: State) -> tuple[np.ndarray, np.ndarray]:
-        shape = (self.weight.groups, self.nonzero.shape[2])
+        shape = (self.weight.groups, self.reads.shape[2])
         constant = state.constant(self.data)
         if constant is None or (not self._data_dims and constant.known.size > 1):
             return np.zeros(shape, bool), np.zeros(shape)
@@ -240,7 +249,7 @@ class Contraction(Statement):
             return
         known, value = self._held(state)
         usable = known & (value == 0) if self._only_zeros() else known
-        read_unknown = (self.nonzero & ~usable[:, None, :]).any(axis=2)
+        read_unknown = self.reads.outputs(~usable)
         if read_unknown.all():
             return
         result = self._sums(value).reshape(-1)
@@ -282,11 +291,9 @@ class Contraction(Statement):
         kept = self._kept_outputs(state)
         if self._seen is None:
             self._seen = np.zeros_like(kept)
-            self._needed = np.zeros(self.nonzero.shape[::2], bool)
-        for group, output in np.argwhere(kept & ~self._seen) if kept.shape[0] > 1 else []:
-            self._needed[group] |= self.nonzero[group, output]
-        if kept.shape[0] == 1:
-            self._needed[0] |= self.nonzero[0][kept[0] & ~self._seen[0]].any(axis=0)
+            self._needed = np.zeros(self.reads.shape[::2], bool)
+        if (kept & ~self._seen).any():
+            self._needed |= self.reads.inputs(kept & ~self._seen)
         self._seen = kept.copy()
         known, value = self._held(state)
         self._grow_inputs(
@@ -348,12 +355,12 @@ class Contraction(Statement):
 
     def _spread_groups(self, state: State) -> None:
         """A depthwise channel stays on both sides or on neither."""
-        if not self._data_dims or self.nonzero.shape[2] != 1:
+        if not self._data_dims or self.reads.shape[2] != 1:
             return
         kept = np.asarray(self._kept_outputs(state).any(axis=1, keepdims=True))
         self._grow_inputs(state, kept, Cause("read by the same group of", self.node, self.out))
         inputs = self.kept_inputs(state)
-        if self.nonzero.shape[1] == 1:
+        if self.reads.shape[1] == 1:
             self._grow_outputs(state, inputs, Cause("made by the same group of", self.node, self.data))
 
     def _grow_outputs(self, state: State, wanted: np.ndarray, cause: Cause) -> bool:
@@ -399,7 +406,7 @@ class Contraction(Statement):
     def _repair_groups(self, state: State) -> bool:
         cause = Cause("groups keep equal counts at", self.node, spare=True)
         outputs = self._kept_outputs(state)
-        inputs = self.kept_inputs(state) if self._data_dims else np.ones(self.nonzero.shape[::2], bool)
+        inputs = self.kept_inputs(state) if self._data_dims else np.ones(self.reads.shape[::2], bool)
         groups = np.asarray(outputs.any(axis=1) | (inputs.any(axis=1) & bool(self._data_dims)))
         if not self._data_dims:
             groups = np.ones_like(groups)
@@ -417,7 +424,7 @@ class Contraction(Statement):
             return np.zeros((1, 1), bool)
         known, value = self._held(state)
         usable = known & (value != 0)
-        read = (self.nonzero & self._kept_outputs(state)[:, :, None]).any(axis=1)
+        read = self.reads.inputs(self._kept_outputs(state))
         kept = self.kept_inputs(state)
         lacking = (usable & read & ~kept).any(axis=1) & ~(usable & kept).any(axis=1)
         return np.asarray(usable & lacking[:, None])
@@ -467,7 +474,8 @@ class Contraction(Statement):
         state.layouts[self.out] = layout
 
     def _row_coordinate(self, state: State, own: int) -> np.ndarray:
-        coordinate = coordinates(state.layouts[self.data], self._data_frame)[own]
+        # the tensor's own frame: labels that are pinned along the contracted axis are not in ours
+        coordinate = coordinates(state.layouts[self.data], state.mask(self.data).shape)[own]
         others = tuple(dim for dim in range(coordinate.ndim) if dim != own)
         low, high = coordinate.min(axis=others), coordinate.max(axis=others)
         if not np.array_equal(low, high):
@@ -477,7 +485,7 @@ class Contraction(Statement):
     def _input_order(self, state: State) -> np.ndarray:
         """Return the contracted positions in the data's order (positions of the flattened labels)."""
         if not self._data_dims:
-            return np.arange(self.nonzero.shape[0] * self.nonzero.shape[2])
+            return np.arange(self.reads.shape[0] * self.reads.shape[2])
         layout = state.layouts[self.data]
         coords = coordinates(layout, self._data_frame)
         lines = []
@@ -495,7 +503,7 @@ class Contraction(Statement):
             return np.zeros(1, np.int64)
         if not self._data_dims:
             return np.arange(self.weight.groups)
-        per_group = self.nonzero.shape[2]
+        per_group = self.reads.shape[2]
         groups = self._input_order(state) // per_group
         kept = self.kept_inputs(state)
         width = int(kept.sum(axis=1).max(initial=1))
@@ -522,28 +530,33 @@ class Contraction(Statement):
         outputs, inputs = self._kept_outputs(state), self.kept_inputs(state)
         known, value = self._held(state)
         gone = known & ~inputs if self._data_dims else np.zeros_like(known)
-        folded = (self.nonzero & outputs[:, :, None] & (gone & (value != 0))[:, None, :]).any()
         if outputs.all() and inputs.all():
             return
-        grouped = self.weight.grouped(self._array())
-        if folded and self.bordered:
-            grouped = self._with_carrier(grouped, gone, known & inputs, value)
+        folded = bool((self.reads.inputs(outputs) & gone & (value != 0)).any())
         order = state.layouts[self.out]
         channels = self._out_channels(order)
-        yield from self._weight_edits(state, grouped, channels)
-        yield from self._bias_edits(channels, gone, value, folded and not self.bordered)
+        yield from self._weight_edits(state, channels, gone if folded and self.bordered else None)
+        yield from self._bias_edits(channels, gone, value, folded=folded and not self.bordered)
         groups = len(self._group_order(state))
         if self.weight.groups > 1 and groups != self.weight.groups:
             yield SetAttribute("group", groups)
 
-    def _weight_edits(self, state: State, grouped: np.ndarray, channels: np.ndarray) -> Iterator[Edit]:
-        """Cut the weight, in the form in which it is stored."""
-        if stored(self.node.inputs[self.weight.index]) is None:
-            yield SetInput(self.weight.index, self.weight.ungrouped(self._cut(state, grouped, channels)))
-            return
-        yield self._entries_edit(state, channels)
+    def _weight_edits(self, state: State, channels: np.ndarray, carried: np.ndarray | None) -> Iterator[Edit]:
+        """Cut the weight, in the form in which it is stored; `carried` are removed inputs that a carrier stands for."""
+        weight = self.weight
+        if stored(self.node.inputs[weight.index]) is not None:
+            yield self._entries_edit(state, channels)
+        elif weight.groups == 1 and carried is None:
+            yield self._plain_cut(state, channels)
+        else:
+            grouped = weight.grouped(self._array())
+            if carried is not None:
+                known, value = self._held(state)
+                grouped = self._with_carrier(grouped, carried, known & self.kept_inputs(state), value)
+            yield SetInput(weight.index, weight.ungrouped(self._cut(state, grouped, channels)))
 
-    def _entries_edit(self, state: State, channels: np.ndarray) -> Edit:
+    def _entries_edit(self, state: State, channels: np.ndarray) -> TakeEntries:
+        """Say which entries of the weight to take, whatever form it is stored in."""
         array = self._array()
         places = self.weight.grouped(np.arange(array.size).reshape(array.shape))
         return TakeEntries(self.weight.index, self.weight.ungrouped(self._cut(state, places, channels)))
@@ -560,6 +573,7 @@ class Contraction(Statement):
     ) -> np.ndarray:
         """Let one kept constant channel of each group carry the removed ones: w_j += sum_i w_i c_i / c_j."""
         grouped = grouped.astype(np.float64)
+        by_label = self.weight.by_label(grouped, self._axis)
         for group in range(grouped.shape[0]):
             removed = np.flatnonzero(gone[group] & (value[group] != 0))
             candidates = np.flatnonzero(present[group] & (value[group] != 0))
@@ -567,11 +581,20 @@ class Contraction(Statement):
                 continue
             carrier = candidates[np.argmax(np.abs(value[group][candidates]))]
             scale = value[group][removed] / value[group][carrier]
-            grouped[group, :, carrier] += np.einsum("oi...,i->o...", grouped[group][:, removed], scale)
+            by_label[group, :, carrier] += np.einsum("oi...,i->o...", by_label[group][:, removed], scale)
         return grouped.astype(self._array().dtype)
 
+    def _plain_cut(self, state: State, channels: np.ndarray) -> SliceInput:
+        """Say which outputs and inputs to take, so that the cut can be made as the weight is written."""
+        takes = []
+        if self._out_frame[self._out_dim] > 1 and len(channels) < self.reads.shape[1]:
+            takes.append((self.weight.out, channels))
+        if self._data_dims:
+            takes.append((self.weight.contracted, merged_places(self._axis, self._input_order(state))))
+        return SliceInput(self.weight.index, tuple(takes))
+
     def _cut(self, state: State, grouped: np.ndarray, channels: np.ndarray) -> np.ndarray:
-        per_output, per_input = self.nonzero.shape[1], self.nonzero.shape[2]
+        per_output, per_input = self.reads.shape[1], self.reads.shape[2]
         order = self._group_order(state)
         rows = (channels % per_output).reshape(len(order), -1)
         if self._out_frame[self._out_dim] == 1:
@@ -581,16 +604,16 @@ class Contraction(Statement):
         columns = self._input_order(state)
         if self.weight.groups == 1:
             taken = np.take(grouped[0], rows[0], axis=0) if len(rows[0]) < grouped.shape[1] else grouped[0]
-            return take_merged(taken, self._axis, columns)[None]
+            return np.take(taken, merged_places(self._axis, columns), axis=1)[None]
         inner = (columns % per_input).reshape(len(order), -1)
         return np.asarray(grouped[order[:, None, None], rows[:, :, None], inner[:, None, :]])
 
     def _bias_edits(
-        self, channels: np.ndarray, gone: np.ndarray, value: np.ndarray, folded: bool
+        self, channels: np.ndarray, gone: np.ndarray, value: np.ndarray, *, folded: bool
     ) -> Iterator[Edit]:
         dtype = self._sum_type
         removed = np.where(gone, value, 0.0)
-        share = self._sums(removed).reshape(-1)[channels]
+        share = self._sums(removed).reshape(-1)[channels] if folded else np.zeros(0)
         bias = array_of(self._bias_value())
         if bias is not None and self.bias is not None:
             along = channels if bias.ndim and bias.shape[-1] > 1 else np.zeros(len(channels), np.int64)
@@ -600,7 +623,7 @@ class Contraction(Statement):
                 slack = None if form is None else np.abs(self._weighted(np.abs(removed), np.abs)).reshape(-1)
                 allowed = None if slack is None else ROUNDING * slack[channels]
                 yield TakeEntries(self.bias, np.take(places, along, axis=-1), share, allowed)
-            elif bias.ndim and bias.shape[-1] not in {1, len(channels)}:
+            elif bias.ndim and bias.shape[-1] > 1 and not np.array_equal(along, np.arange(bias.shape[-1])):
                 yield TakeEntries(self.bias, np.take(places, along, axis=-1))
         elif folded and self.bias is not None:
             yield SetInput(self.bias, share.astype(dtype))

@@ -72,9 +72,9 @@ class PackedContraction(Contraction):
     def _block(self) -> int:
         return self.block
 
-    def _weight_edits(self, state: State, grouped: np.ndarray, channels: np.ndarray) -> Iterator[Edit]:
+    def _weight_edits(self, state: State, channels: np.ndarray, carried: np.ndarray | None) -> Iterator[Edit]:
         """Take rows and blocks of everything that belongs to the weight."""
-        del grouped
+        del carried
         packed, scales, zeros = (self._parameter(index) for index in (self.PACKED, self.SCALES, self.ZEROS))
         assert packed is not None
         assert scales is not None

@@ -104,7 +104,7 @@ class IntegerContraction(Contraction):
         """Read constants less the zero point; where that is computed, only zeros are known."""
         zero = input_of(self.node, self.zeros[0])
         if zero is not None and not is_parameter(zero):
-            shape = (self.weight.groups, self.nonzero.shape[2])
+            shape = (self.weight.groups, self.reads.shape[2])
             centred = state.centred.get(self.data)
             if centred is None or (not self._data_dims and centred.size > 1):
                 return np.zeros(shape, bool), np.zeros(shape)
@@ -135,8 +135,8 @@ class IntegerContraction(Contraction):
         if self.active and self.ranged:
             _keep_range(state, self.data, self.node)
 
-    def _weight_edits(self, state: State, grouped: np.ndarray, channels: np.ndarray) -> Iterator[Edit]:
-        del grouped
+    def _weight_edits(self, state: State, channels: np.ndarray, carried: np.ndarray | None) -> Iterator[Edit]:
+        del carried
         yield self._entries_edit(state, channels)
 
     def edits(self, state: State) -> Iterator[Edit]:
