@@ -53,7 +53,8 @@ class PackedContraction(Contraction):
         centred = entries.astype(np.float32) - self._points(rows, blocks).reshape(by_block)
         values = centred * scales.astype(np.float32).reshape(by_block)
         size = self.node.attributes.get_int("K", 0)
-        return values.reshape(rows, -1)[:, :size].astype(scales.dtype)
+        weight: np.ndarray = values.reshape(rows, -1)[:, :size].astype(scales.dtype)
+        return weight
 
     def _points(self, rows: int, blocks: int) -> np.ndarray:
         """Return the zero point of each row's blocks."""
