@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 from etp_deploy.errors import EtpError
 from etp_deploy.modelfile import keeps_weights_outside, read_model, write_model
-from etp_deploy.sizes import elements
+from etp_deploy.sizes import constants
 from etp_deploy.worker import Waiting
 
 if TYPE_CHECKING:
@@ -85,9 +85,7 @@ def _put_back(model: ir.Model, weights: dict[str, ir.TensorProtocol]) -> None:
 def _better(before: ir.Model, after: ir.Model) -> bool:
     """No more nodes, no more weights, and fewer of one of them; the interface unchanged."""
     nodes = [sum(1 for _ in model.graph.all_nodes()) for model in (before, after)]
-    weights = [
-        sum(elements(value) for value in model.graph.initializers.values()) for model in (before, after)
-    ]
+    weights = [sum(constants(model)) for model in (before, after)]
     interface = [
         [(value.name, value.type) for value in (*model.graph.inputs, *model.graph.outputs)]
         for model in (before, after)

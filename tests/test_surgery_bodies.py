@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from graphs import Case, failure, shrunk, weight_elements
 from onnx import helper, numpy_helper
+
+from etp_deploy.errors import EtpError
+from etp_deploy.inputs import InputSpec, draw_inputs
+from etp_deploy.inspection import explain, inspect
+from etp_deploy.pipeline import compress
+from etp_deploy.sizes import count_macs
 
 FLOAT, BOOL, INT = onnx.TensorProto.FLOAT, onnx.TensorProto.BOOL, onnx.TensorProto.INT64
 RANDOM = np.random.default_rng(7)
@@ -340,3 +347,92 @@ def test_a_local_function_with_a_body():
         item.model.opset_import.append(imports[1])
         del item.model.functions[2:], item.model.opset_import[2:]
     assert removed(cases) == 4 * 6 + 6 * 5
+
+
+def branching_model(tmp_path, *, nearly=0.0):
+    """Write a model whose branches hold weights as Constant nodes, rows 0 and 3 of one of them nearly zero."""
+    weights = {"b": rand(8, 5), "c": rand(8, 5, dead=(0, 3))}
+    weights["b"][[0, 3]] = nearly
+    then, other = (
+        body(
+            key,
+            [
+                helper.make_node("Constant", [], [name], value=numpy_helper.from_array(weights[name], name)),
+                n("MatMul", f"h {name}", f"{name}_out"),
+            ],
+            [info(f"{name}_out", FLOAT, ["n", 5])],
+        )
+        for key, name in (("then", "b"), ("else", "c"))
+    )
+    made = [n("MatMul", "x a", "h"), conditional(then, other)]
+    item = both_ways(made, {"x": ("n", 4)}, [info("y", FLOAT, ["n", 5])], {"a": rand(4, 8)})[0]
+    onnx.save(item.model, tmp_path / "model.onnx")
+    return tmp_path / "model.onnx"
+
+
+def test_sizes_and_rows_count_what_is_inside(tmp_path):
+    """The report counts bodies' weights, of two branches the larger one's work, and their layers' rows."""
+    report = compress(branching_model(tmp_path), tmp_path / "small.onnx", align="off")
+    assert (report.before.parameters, report.after.parameters) == (4 * 8 + 2 * 40, 4 * 6 + 2 * 30)
+    assert (report.before.macs, report.after.macs) == (4 * 8 + 40, 4 * 6 + 30)
+    assert report.verification.passed
+    assert {row.name: (row.total, row.kept) for row in report.layers} == {
+        "h": (8, 6),
+        "b_out": (5, 5),
+        "c_out": (5, 5),
+    }
+
+
+def test_a_threshold_reaches_into_bodies(tmp_path):
+    """Weights of a branch that are nearly zero count as zero, though a Constant node holds them."""
+    model = branching_model(tmp_path, nearly=1e-5)
+    assert compress(model, tmp_path / "as_it_is.onnx", align="off").after.parameters == 4 * 8 + 2 * 40
+    assert compress(model, tmp_path / "less.onnx", align="off", zero_below=1e-3).after.parameters == 84
+
+
+def test_a_tensor_in_a_body_is_explained(tmp_path):
+    """The reasons of a captured tensor lead into the branch that reads it, and the branch's tensors have some."""
+    model = branching_model(tmp_path)
+    lines = "\n".join(explain(model, "h").lines)
+    assert "6 of 8 stay" in lines
+    assert "MatMul" in lines
+    assert "an output of the model" in "\n".join(explain(model, "c_out").lines)
+
+
+def test_the_work_of_a_scan_and_of_a_loop():
+    """A body's work counts once for each step of a sequence, and once for each of a known number of rounds."""
+    weights, nodes = cell()
+    item = case(scan(nodes), {"x": (5, 2, 4)}, ["y"], weights)
+    assert count_macs(ir.from_proto(item.model)) == 5 * 2 * (4 * 8 + 8 * 8 + 8 * 3)
+    nodes[0] = n("MatMul", "x u", "p")
+    item = case([loop(nodes), n("MatMul", "last w", "y")], {"x": (2, 4)}, ["y"], {**weights, **COUNTED})
+    assert count_macs(ir.from_proto(item.model)) == 3 * 2 * (4 * 8 + 8 * 8) + 2 * 8 * 3
+
+
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_a_condition_is_tried_both_ways(shape):
+    """Two seeds that follow each other draw a condition true and false."""
+    spec = InputSpec("flag", np.dtype(bool), shape, 0.0, 1.0, "bool")
+    drawn = [draw_inputs([spec], seed=seed)["flag"] for seed in range(4)]
+    assert all(array.shape == shape and array.dtype == bool for array in drawn)
+    assert [bool(drawn[0].all()), bool(drawn[2].all())] != [bool(drawn[1].all()), bool(drawn[3].all())]
+    assert drawn[0].all() != drawn[1].all()
+    assert drawn[2].all() != drawn[3].all()
+
+
+def test_functions_that_call_each_other_twice_are_refused(tmp_path):
+    """What would unfold into a thousand million nodes is refused before it is unfolded."""
+    imports = [helper.make_opsetid("", 18), helper.make_opsetid("own", 1)]
+    functions = [helper.make_function("own", "F0", ["v"], ["z"], [n("Relu", "v", "z")], imports)]
+    for level in range(1, 31):
+        calls = [
+            helper.make_node(f"F{level - 1}", ["v"], ["m"], domain="own"),
+            helper.make_node(f"F{level - 1}", ["m"], ["z"], domain="own"),
+        ]
+        functions.append(helper.make_function("own", f"F{level}", ["v"], ["z"], calls, imports))
+    call = helper.make_node("F30", ["x"], ["y"], domain="own")
+    graph = body("main", [call], [info("y", FLOAT, [2, 4])], [info("x", FLOAT, [2, 4])])
+    model = helper.make_model(graph, opset_imports=imports, functions=functions, ir_version=8)
+    onnx.save(model, tmp_path / "bomb.onnx")
+    with pytest.raises(EtpError, match="unfold"):
+        inspect(tmp_path / "bomb.onnx")

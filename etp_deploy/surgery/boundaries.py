@@ -18,6 +18,7 @@ from onnx_shape_inference import SYM_DATA_KEY, registry
 
 from etp_deploy.surgery.shapes import is_parameter
 from etp_deploy.surgery.statements.body import bodies
+from etp_deploy.tensors import unshared
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -69,12 +70,12 @@ def own_initializers(model: ir.Model) -> None:
     for body in model.graph.subgraphs():
         for value in body.initializers.values():
             tensor = value.const_value
-            if tensor is not None:
+            if isinstance(tensor, ir.ExternalTensor):
+                value.const_value = unshared(tensor)
+            elif tensor is not None:
+                shape = ir.Shape(tensor.shape.numpy())
                 value.const_value = ir.LazyTensor(
-                    partial(_itself, tensor),
-                    dtype=tensor.dtype,
-                    shape=ir.Shape([dim for dim in tensor.shape if isinstance(dim, int)]),
-                    name=value.name,
+                    partial(_itself, tensor), tensor.dtype, shape, name=value.name
                 )
 
 

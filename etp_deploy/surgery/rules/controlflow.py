@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from onnx.parser import parse_graph
+
+from etp_deploy.surgery.examples import computed, example, literal
 from etp_deploy.surgery.rules.common import attribute, normal_axis, rank
 from etp_deploy.surgery.rules.registry import RefusedError, rule
 from etp_deploy.surgery.statements.base import opset_of
@@ -16,8 +19,28 @@ if TYPE_CHECKING:
 
 _SCAN_WITHOUT_BATCH = 9
 
+_CONSTANT = parse_graph(
+    "branch () => (float[2, 4] y) { y = Constant <value = float[2, 4] {1, 0, 2, 3, 1, 0, 4, 5}> () }"
+)
+_ROUND = parse_graph("""
+    round (int64 i, bool c, float[2, 4] h) => (bool again, float[2, 4] next, float[2, 4] made) {
+        again = Identity (c)
+        next = Relu (h)
+        made = Neg (next)
+    }
+""")
+_STEP = parse_graph("""
+    step (float[2, 4] h, float[2, 4] x) => (float[2, 4] next, float[2, 4] made) {
+        next = Max (h, x)
+        made = Relu (next)
+    }
+""")
 
-@rule("If")
+
+@rule(
+    "If",
+    examples=(example(literal(True, "bool"), then_branch=_CONSTANT, else_branch=_CONSTANT, removable=False),),
+)
 def branch(node: ir.Node) -> Statement:
     """y[...] = then[...] if condition else other[...]"""
     then, other = bodies(node)
@@ -28,7 +51,10 @@ def branch(node: ir.Node) -> Statement:
     return Ties(node, ties, "the condition of")
 
 
-@rule("Loop")
+@rule(
+    "Loop",
+    examples=(example(literal(3), literal(True, "bool"), computed(2, 4), outputs=2, body=_ROUND),),
+)
 def loop(node: ir.Node) -> Statement:
     """state[t + 1, ...], y[t, ...] = body(t, state[t, ...]) while the condition holds"""
     (body,) = bodies(node)
@@ -53,7 +79,30 @@ def loop(node: ir.Node) -> Statement:
     return Ties(node, ties, "the condition of")
 
 
-@rule("Scan")
+@rule(
+    "Scan",
+    examples=(
+        example(computed(2, 4), computed(3, 2, 4), outputs=2, body=_STEP, num_scan_inputs=1),
+        example(
+            computed(2, 4),
+            computed(2, 3, 4),
+            outputs=2,
+            body=_STEP,
+            num_scan_inputs=1,
+            scan_input_axes=[1],
+            scan_output_axes=[-1],
+        ),
+        example(
+            computed(1, 2, 4),
+            computed(1, 3, 2, 4),
+            outputs=2,
+            body=_STEP,
+            num_scan_inputs=1,
+            opset=8,
+            removable=False,
+        ),
+    ),
+)
 def scan(node: ir.Node) -> Statement:
     """state[t + 1, ...], y[t, ...] = body(state[t, ...], x[t, ...])"""
     if opset_of(node) < _SCAN_WITHOUT_BATCH:
