@@ -75,13 +75,11 @@ BINARY = (
         *(
             example(computed(2, 6, 4), operator=name)
             for name in UNARY
-            if name not in {"Not", "Cast", "BitwiseNot", "Swish"}
+            if name not in {"Not", "BitwiseNot", "Swish"}
         ),
         example(computed(2, 6, 4), operator="Swish", opset=24),
         example(computed(2, 6, 4, dtype="bool"), operator="Not"),
         example(computed(2, 6, 4, dtype="int32"), operator="BitwiseNot"),
-        example(computed(2, 6, 4), operator="Cast", to=7),
-        example(computed(2, 6, 4, dtype="int64"), operator="Cast", to=1),
     ),
 )
 def unary(node: ir.Node) -> Statement:
