@@ -67,8 +67,8 @@ class Contraction(Statement):
         bordered: why a constant channel does not give a constant output (zero padding); empty if it does.
         bias_scale: what a sum over channels is multiplied by before it may be added to the bias (Gemm).
         out_scale: what their sum is multiplied by (Gemm).
-        sources: for each axis of the output the data's axis that it is, index by index; None where there is none.
-            Left out, it follows from the operator.
+        sources: for each axis of the output the data's axis that it is, index by index; that of `out_axis` is not
+            looked at. Left out, it follows from the operator.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Contraction(Statement):
         bordered: bool = False,
         bias_scale: float = 1.0,
         out_scale: float = 1.0,
-        sources: tuple[int | None, ...] | None = None,
+        sources: tuple[int, ...] | None = None,
     ) -> None:
         super().__init__(node)
         value = node.inputs[data]
