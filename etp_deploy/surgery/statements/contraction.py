@@ -85,6 +85,8 @@ class Contraction(Statement):
         self.active = False
         self._seen: np.ndarray | None = None
         self._constants: tuple[np.ndarray, np.ndarray] | None = None
+        # output channels whose weights are taken for zeros, as (group, output of the group)
+        self._silent: np.ndarray | None = None
 
     # structure
 
@@ -143,6 +145,8 @@ class Contraction(Statement):
             if columns.size:
                 weights = flat[group][:, columns].sum(axis=2, dtype=np.float64)
                 result[group] = weights @ value[group][columns]
+        if self._silent is not None:
+            result[self._silent] = 0
         return result * self.bias_scale
 
     def _flat(self) -> np.ndarray:
@@ -220,9 +224,10 @@ class Contraction(Statement):
         """An output is known if every input that it reads is; at padded borders only if these are zero."""
         if not self.active:
             return
+        self._constants = None
         known, value = self._held(state)
         usable = known & (value == 0) if self.bordered else known
-        read_unknown = self.reads.outputs(~usable)
+        read_unknown = self._reading(self.reads.outputs(~usable))
         if read_unknown.all():
             return
         result = self._sums(value).reshape(-1)
@@ -239,6 +244,33 @@ class Contraction(Statement):
         if ok.size == self._out_frame[self._out_dim]:
             state.set_constant(self.out, ok.reshape(shape), result.astype(dtype).reshape(shape))
 
+    def silence(self, state: State) -> bool:
+        """Take for zeros the weights of output channels that nothing reads; say whether there are any.
+
+        What such a channel holds does not matter: if it stays for another reason, it need not read anything.
+        """
+        weight = self.node.inputs[self.weight.index]
+        if (
+            not self.active
+            or self.weight.groups > 1
+            or self._batch
+            or weight is None
+            or len(weight.uses()) > 1
+        ):
+            return False
+        constant = state.constant(self.out)
+        dead = ~self._along_out(state.mask(self.out))
+        if constant is not None:
+            dead &= ~self._along_out(np.broadcast_to(constant.known, self._out_frame), np.logical_and)
+        if not dead.any():
+            return False
+        self._silent = dead.reshape(self.reads.shape[:2])
+        return True
+
+    def _reading(self, outputs: np.ndarray) -> np.ndarray:
+        """Leave out, of some output channels, those whose weights are taken for zeros."""
+        return outputs if self._silent is None else outputs & ~self._silent
+
     # masks
 
     def spread(self, state: State) -> None:
@@ -248,14 +280,17 @@ class Contraction(Statement):
         self._spread_batch(state)
         if self.weight.groups > 1:
             self._spread_groups(state)
-        if not self._data_dims:
-            return
         kept = self._kept_outputs(state)
+        if not self._data_dims:
+            read = self.reads.inputs(self._reading(kept)) & ~self._held(state)[0]
+            if read.any() and not self._batch:
+                state.grow(self.data, np.ones((), bool), Cause("read as a whole by", self.node, self.out))
+            return
         if self._seen is None:
             self._seen = np.zeros_like(kept)
             self._needed = np.zeros(self.reads.shape[::2], bool)
         if (kept & ~self._seen).any():
-            self._needed |= self.reads.inputs(kept & ~self._seen)
+            self._needed |= self.reads.inputs(self._reading(kept & ~self._seen))
         self._seen = kept.copy()
         wanted = self._needed & ~self._held(state)[0]
         self._grow_inputs(state, wanted, Cause("read with a weight that is not zero by", self.node, self.out))
@@ -361,7 +396,7 @@ class Contraction(Statement):
             return np.zeros((1, 1), bool)
         known, value = self._held(state)
         usable = known & (value != 0)
-        read = self.reads.inputs(self._kept_outputs(state))
+        read = self.reads.inputs(self._reading(self._kept_outputs(state)))
         kept = self.kept_inputs(state)
         lacking = (usable & read & ~kept).any(axis=1) & ~(usable & kept).any(axis=1)
         return np.asarray(usable & lacking[:, None])
@@ -457,15 +492,19 @@ class Contraction(Statement):
         outputs, inputs = self._kept_outputs(state), self.kept_inputs(state)
         known, value = self._held(state)
         gone = known & ~inputs if self._data_dims else np.zeros_like(known)
-        if outputs.all() and inputs.all():
+        silent = np.zeros_like(outputs) if self._silent is None else outputs & self._silent
+        if outputs.all() and inputs.all() and not silent.any():
             return
-        folded = bool((self.reads.inputs(outputs) & gone & (value != 0)).any())
+        folded = bool((self.reads.inputs(self._reading(outputs)) & gone & (value != 0)).any())
         order = state.layouts[self.out]
         channels = self._out_channels(order)
-        if self.weight.groups == 1 and not (folded and self.bordered):
+        if self.weight.groups == 1 and not (folded and self.bordered) and not silent.any():
             yield self._plain_cut(state, channels)
         else:
             grouped = self.weight.grouped(self._array())
+            if silent.any():
+                grouped = np.where(np.expand_dims(silent, tuple(range(2, grouped.ndim))), 0, grouped)
+                grouped = grouped.astype(self._array().dtype)
             if folded and self.bordered:
                 grouped = self._with_carrier(grouped, gone, known & inputs, value)
             yield SetInput(self.weight.index, self.weight.ungrouped(self._cut(state, grouped, channels)))
