@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from etp_deploy.surgery.prepare import prepare
 from etp_deploy.surgery.statements.body import bodies
+from etp_deploy.surgery.stored import is_weight_type
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -18,13 +19,29 @@ if TYPE_CHECKING:
 # sizes that dynamic dimensions are given for counting: one sample, sixteen of anything else
 BATCH, OTHER = 1, 16
 
+# what each operator multiplies as, and where its weight is
+_CONTRACTIONS = {
+    "Conv": ("Conv", 1),
+    "ConvTranspose": ("ConvTranspose", 1),
+    "ConvInteger": ("Conv", 1),
+    "QLinearConv": ("Conv", 3),
+    "Gemm": ("Gemm", 1),
+    "QGemm": ("Gemm", 3),
+    "QLinearMatMul": ("MatMul", 3),
+    **dict.fromkeys(
+        ("MatMul", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul"), ("MatMul", 1)
+    ),
+    "MatMulNBits": ("packed", 1),
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelSizes:
     """Sizes of a model.
 
     Attributes:
-        parameters: elements of all floating-point constants (initializers and Constant nodes), in all graphs.
+        parameters: elements of all constants of a type that weights have (floating point, integers of at most 16 bits),
+            initializers and Constant nodes, in all graphs.
         bytes: of the file, with its external data.
         macs: multiply-accumulates of convolutions and matrix products for one sample, dynamic sizes at 16, those
             in bodies included (see `count_macs`); None where a shape is not known.
@@ -58,7 +75,7 @@ def constants(model: ir.Model) -> Iterable[int]:
 
 
 def _weights(model: ir.Model) -> Iterable[ir.TensorProtocol]:
-    return (tensor for tensor in _constants(model) if tensor.dtype.is_floating_point())
+    return (tensor for tensor in _constants(model) if is_weight_type(tensor.dtype))
 
 
 def _constants(model: ir.Model) -> Iterable[ir.TensorProtocol]:
@@ -115,22 +132,22 @@ def counting_sizes(graph: ir.Graph) -> dict[str, int]:
 
 def node_macs(node: ir.Node, bindings: Mapping[str, int]) -> int | None:
     """Return a node's multiply-accumulates: 0 for what is no contraction, None where a shape is not known."""
-    if held := bodies(node):
-        return _body_macs(node, held, bindings)
-    if node.op_type not in {"Conv", "ConvTranspose", "MatMul", "Gemm"}:
-        return 0
+    held = bodies(node)
+    kind, weight = _CONTRACTIONS.get(node.op_type, ("", 0))
+    if held or not kind:
+        return _body_macs(node, held, bindings) if held else 0
     first, second, out = (
-        concrete(value, bindings) for value in (node.inputs[0], node.inputs[1], node.outputs[0])
+        concrete(value, bindings) for value in (node.inputs[0], node.inputs[weight], node.outputs[0])
     )
     if first is None or second is None or out is None:
         return None
-    if node.op_type == "Conv":
+    if kind == "Conv":
         return math.prod(out) * math.prod(second[1:])
-    if node.op_type == "ConvTranspose":
+    if kind == "ConvTranspose":
         return math.prod(first) * math.prod(second[1:])
-    inner = (
-        second[1] if node.op_type == "Gemm" and node.attributes.get_int("transB", 0) != 0 else second[-2:][0]
-    )
+    if kind == "packed":
+        return math.prod(out) * first[-1]
+    inner = second[1] if kind == "Gemm" and node.attributes.get_int("transB", 0) != 0 else second[-2:][0]
     return math.prod(out) * inner
 
 

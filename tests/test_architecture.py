@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import etp_deploy
-from etp_deploy.surgery.rules import covered, registry
+from etp_deploy.surgery.rules import covered, examples_of, registry
 
 PACKAGE = Path(etp_deploy.__file__).parent
 TORCH = ("training", "demo", "exporting.py", "factories.py", "tracing.py")
@@ -91,3 +91,8 @@ def test_a_rule_begins_with_its_equation(operator):
     """The first line of a rule's docstring is the equation that it implements."""
     first = (inspect.getdoc(registry._RULES[operator]) or "").splitlines()[0]
     assert "=" in first
+
+
+def test_every_operator_has_an_example():
+    """Each operator that a rule covers has a node that shows it, on which the properties are checked."""
+    assert not [operator for operator in covered() if not examples_of(*operator)]

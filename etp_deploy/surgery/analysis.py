@@ -16,7 +16,7 @@ from etp_deploy.errors import PlanError
 from etp_deploy.surgery.carriers import keep_carriers
 from etp_deploy.surgery.rules import statement, unknown
 from etp_deploy.surgery.silence import silence
-from etp_deploy.surgery.state import Cause, ConflictError, State
+from etp_deploy.surgery.state import Cause, ConflictError, State, coordinates
 from etp_deploy.surgery.statements.base import default_layout
 from etp_deploy.surgery.statements.body import bodies
 
@@ -218,6 +218,22 @@ def _lay_out_nodes(analysis: Analysis, graph: ir.Graph) -> None:
             for body in bodies(node):
                 _lay_out_nodes(analysis, body)
             says.layout(state)
+            _check_order(state, node)
             says.check(state)
         except ConflictError as conflict:
             raise _NotLinedUpError(node, conflict) from conflict
+
+
+def _check_order(state: State, node: ir.Node) -> None:
+    """Raise a conflict where an axis of which all stays would change its order: nobody expects that.
+
+    Raises:
+        ConflictError: with the node's tensors.
+    """
+    for value in node.outputs:
+        layout, shape = state.layouts[value], state.mask(value).shape
+        for dim, coordinate in enumerate(coordinates(layout, shape)):
+            if layout.shape[dim] < shape[dim] or shape[dim] <= 1:
+                continue
+            if not (np.moveaxis(coordinate, dim, -1) == np.arange(shape[dim])).all():
+                raise ConflictError([value for value in (*node.inputs, *node.outputs) if value is not None])

@@ -18,6 +18,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as passes
 from onnx_shape_inference import SYM_DATA_KEY, ShapeInferenceError, infer_symbolic_shapes
 
+import etp_deploy.surgery.quantized_shapes  # noqa: F401 - teaches shape inference
 from etp_deploy.errors import ModelError
 from etp_deploy.surgery.absorb import absorb_padding, omit_zero_states
 from etp_deploy.surgery.boundaries import (
@@ -35,6 +36,7 @@ from etp_deploy.surgery.boundaries import (
 )
 from etp_deploy.surgery.evaluate import evaluate
 from etp_deploy.surgery.shapes import Size, is_parameter
+from etp_deploy.surgery.stored import unpack
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -104,6 +106,7 @@ def prepare(model: ir.Model) -> ir.Model:
     name_apart(model)
     open_bodies(model)
     forget_body_inputs(model)
+    unpack(model.graph, constant)
     changed = True
     while changed:  # a resolved target makes more shapes known, which may resolve more
         infer_shapes(model)

@@ -22,8 +22,11 @@ from etp_deploy.surgery.statements.base import (
     SetShape,
     SetSlice,
     SliceInput,
+    TakeEntries,
     array_of,
+    taken,
 )
+from etp_deploy.surgery.stored import pack, set_stored, stored
 from etp_deploy.tensors import deferred, unshared
 
 if TYPE_CHECKING:
@@ -57,6 +60,12 @@ class Rewriter:
                     self._affine(node, change)
 
     def _apply(self, node: ir.Node, edit: Edit) -> None:
+        if isinstance(edit, SetAttribute | SetShape | SetSlice | FreeShape):
+            self._change_node(node, edit)
+        elif not self._take_stored(node, edit):
+            self._change_input(node, edit)
+
+    def _change_input(self, node: ir.Node, edit: Edit) -> None:
         match edit:
             case SetInput(index, array):
                 self._set_input(node, index, array)
@@ -65,6 +74,13 @@ class Rewriter:
             case GatherInput(index, split, indices, merged):
                 array = self._array(node, index).reshape(split)[indices].reshape(merged)
                 self._set_input(node, index, array)
+            case TakeEntries():
+                self._take_entries(node, edit)
+            case _:
+                raise PlanError(f"an edit of an unknown kind: {type(edit).__name__}")
+
+    def _change_node(self, node: ir.Node, edit: SetAttribute | SetShape | SetSlice | FreeShape) -> None:
+        match edit:
             case SetAttribute(name, None):
                 node.attributes.pop(name, None)
             case SetAttribute(name, (int() | float() | tuple()) as value):
@@ -75,8 +91,36 @@ class Rewriter:
                 self._set_slice(node, edit)
             case FreeShape(value):
                 value.shape = None
-            case _:
-                raise PlanError(f"an edit of an unknown kind: {type(edit).__name__}")
+
+    def _take_entries(self, node: ir.Node, edit: TakeEntries) -> None:
+        array = self._array(node, edit.index)
+        cut = array.reshape(-1)[edit.positions]
+        if edit.added is not None:
+            cut = (cut.astype(np.float64) + edit.added).astype(array.dtype)
+        self._set_input(node, edit.index, cut)
+
+    def _take_stored(self, node: ir.Node, edit: Edit) -> bool:
+        """Cut a weight in the form in which it is stored; say whether there is one that holds the result."""
+        index: int = getattr(edit, "index", len(node.inputs))
+        value = node.inputs[index] if index < len(node.inputs) else None
+        form = stored(value)
+        if value is None or form is None:
+            return False
+        positions = taken(edit, self._array(node, index).shape)
+        cut = None if positions is None else form.take(positions)
+        if (
+            isinstance(edit, TakeEntries)
+            and edit.added is not None
+            and edit.slack is not None
+            and cut is not None
+        ):
+            cut = cut.plus(edit.added, edit.slack)
+        if cut is None:
+            return False
+        fresh = self._shared(value.name or "", cut.values())
+        set_stored(fresh, cut)
+        node.replace_input_with(index, fresh)
+        return True
 
     def _array(self, node: ir.Node, index: int) -> np.ndarray:
         array = array_of(node.inputs[index])
@@ -98,9 +142,8 @@ class Rewriter:
 
     def _shared(self, name: str, array: np.ndarray) -> ir.Value:
         """Return an initializer with this name and content, one for all nodes whose cuts come out equal."""
-        digest = hashlib.sha256(
-            f"{array.dtype} {array.shape}".encode() + np.ascontiguousarray(array).data
-        ).digest()
+        content = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        digest = hashlib.sha256(f"{array.dtype} {array.shape}".encode() + content.data).digest()
         if (name, digest) not in self._cut:
             self._cut[name, digest] = self._named(array, name)
         return self._cut[name, digest]
@@ -267,6 +310,7 @@ def rewrite(model: ir.Model, edits: Sequence[tuple[ir.Node, tuple[Edit, ...]]]) 
             value.shape = None
     release_bodies(model.graph)
     remove_unused(model)
+    rewriter.wanted.update(pack(model.graph, constant, rewriter.wanted))
     for value, name in rewriter.wanted.items():
         if value.is_initializer() and name not in model.graph.initializers:
             value.name = name

@@ -66,6 +66,8 @@ class State:
     """What was known before weights that do not matter were taken for zeros (`silence.py`)."""
     stochastic: dict[ir.Value, int] = field(default_factory=dict)
     """Tensors whose entries along an axis sum to one, with that axis."""
+    centred: dict[ir.Value, np.ndarray] = field(default_factory=dict)
+    """Where quantised tensors hold their zero point, whatever that is computed to be."""
     keep: dict[ir.Value, np.ndarray] = field(default_factory=dict)
     layouts: dict[ir.Value, np.ndarray] = field(default_factory=dict)
     pins: dict[ir.Value, dict[int, Cause]] = field(default_factory=dict)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from etp_deploy.surgery.examples import computed, example, weight
 from etp_deploy.surgery.rules.common import attribute, input_at, rank, static
 from etp_deploy.surgery.rules.registry import RefusedError, rule
 from etp_deploy.surgery.statements.attention import Attention
@@ -16,7 +17,36 @@ if TYPE_CHECKING:
     from etp_deploy.surgery.statements.base import Statement
 
 
-@rule("Attention")
+@rule(
+    "Attention",
+    examples=(
+        example(computed(2, 4, 5, 6), computed(2, 4, 5, 6), computed(2, 4, 5, 3), opset=23),
+        example(computed(2, 4, 5, 6), computed(2, 2, 5, 6), computed(2, 2, 5, 6), opset=23, scale=0.3),
+        example(computed(2, 4, 5, 6), computed(2, 4, 5, 6), computed(2, 4, 5, 3), weight(5, 5), opset=23),
+        example(computed(2, 4, 5, 6), computed(2, 4, 5, 6), computed(2, 4, 5, 3), opset=23, is_causal=1),
+        example(
+            computed(2, 5, 8),
+            computed(2, 5, 8),
+            computed(2, 5, 8),
+            opset=23,
+            q_num_heads=2,
+            kv_num_heads=2,
+            removable=False,
+        ),
+        example(computed(2, 4, 5, 6), weight(2, 4, 5, 6), computed(2, 4, 5, 3), opset=23, removable=False),
+        example(
+            computed(2, 4, 5, 6),
+            computed(2, 4, 5, 6),
+            computed(2, 4, 5, 3),
+            None,
+            computed(2, 4, 3, 6),
+            computed(2, 4, 3, 3),
+            opset=23,
+            outputs=3,
+            removable=False,
+        ),
+    ),
+)
 def attention(node: ir.Node) -> Statement:
     """y[b, h, n, e] = sum_m softmax_m(scale * q[b, h, n] . k[b, g, m] + mask) * v[b, g, m, e]"""
     if rank(node.inputs[0]) != 4:

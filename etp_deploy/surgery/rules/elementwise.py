@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from etp_deploy.surgery.examples import computed, example, literal, weight
 from etp_deploy.surgery.rules.common import broadcast_maps, constant_at, input_at, rank, same_axes
 from etp_deploy.surgery.rules.registry import RefusedError, rule
 from etp_deploy.surgery.statements.base import array_of
@@ -69,13 +70,43 @@ BINARY = (
 )
 
 
-@rule(*UNARY)
+@rule(
+    *UNARY,
+    examples=(
+        *(
+            example(computed(2, 6, 4), operator=name)
+            for name in UNARY
+            if name not in {"Not", "Cast", "BitwiseNot", "Swish"}
+        ),
+        example(computed(2, 6, 4), operator="Swish", opset=24),
+        example(computed(2, 6, 4, dtype="bool"), operator="Not"),
+        example(computed(2, 6, 4, dtype="int32"), operator="BitwiseNot"),
+        example(computed(2, 6, 4), operator="Cast", to=7),
+        example(computed(2, 6, 4, dtype="int64"), operator="Cast", to=1),
+    ),
+)
 def unary(node: ir.Node) -> Statement:
     """y[...] = f(x[...])"""
     return Pointwise(node, {0: same_axes(rank(node.inputs[0]))})
 
 
-@rule("Identity", "Dropout")
+@rule(
+    "Identity",
+    "Dropout",
+    examples=(
+        example(computed(2, 6, 4)),
+        example(computed(2, 6, 4), literal(0.5, "float32"), literal(False, "bool"), operator="Dropout"),
+        example(
+            computed(2, 6, 4),
+            literal(0.5, "float32"),
+            literal(True, "bool"),
+            operator="Dropout",
+            removable=False,
+        ),
+        example(computed(2, 6, 4), None, computed(dtype="bool"), operator="Dropout", removable=False),
+        example(computed(2, 6, 4), operator="Dropout", outputs=2, removable=False),
+    ),
+)
 def identity(node: ir.Node) -> Statement:
     """y[...] = x[...]"""
     training = input_at(node, 2)
@@ -87,25 +118,91 @@ def identity(node: ir.Node) -> Statement:
     return Pointwise(node, {0: axes}, constants="pass", same_entries=True, fresh=fresh)
 
 
-@rule("Clip")
+@rule(
+    "Clip",
+    examples=(
+        example(computed(2, 6, 4), literal(-0.5, "float32"), literal(1.0, "float32")),
+        example(computed(2, 6, 4), None, literal(1.0, "float32")),
+        example(computed(2, 6, 4), computed()),
+    ),
+)
 def clip(node: ir.Node) -> Statement:
     """y[...] = min(max(x[...], low), high)"""
     return Pointwise(node, {0: same_axes(rank(node.inputs[0]))})
 
 
-@rule(*BINARY)
+@rule(
+    *BINARY,
+    examples=(
+        *(
+            example(computed(2, 6, 4), other, operator=name)
+            for name in (
+                "Add",
+                "Sub",
+                "Div",
+                "Pow",
+                "Max",
+                "Min",
+                "Mean",
+                "Sum",
+                "Equal",
+                "Greater",
+                "GreaterOrEqual",
+                "Less",
+                "LessOrEqual",
+            )
+            for other in (computed(2, 6, 4), weight(6, 1))
+        ),
+        example(computed(2, 1, 6), computed(3, 1), weight(6), operator="Max"),
+        example(computed(2, 6, 4), weight(6, 1), operator="PRelu"),
+        example(computed(2, 6, 4), weight(6, 1), operator="Mod", fmod=1),
+        *(
+            example(computed(2, 6, 4, dtype="bool"), computed(6, 1, dtype="bool"), operator=name)
+            for name in ("And", "Or", "Xor")
+        ),
+        *(
+            example(computed(2, 6, 4, dtype="int32"), computed(6, 1, dtype="int32"), operator=name)
+            for name in ("BitwiseAnd", "BitwiseOr", "BitwiseXor")
+        ),
+        example(
+            computed(2, 6, 4, dtype="uint32"),
+            computed(6, 1, dtype="uint32"),
+            operator="BitShift",
+            direction="LEFT",
+        ),
+    ),
+)
 def binary(node: ir.Node) -> Statement:
     """y[...] = f(a[...], b[...], ...), broadcast"""
     return Pointwise(node, broadcast_maps(node))
 
 
-@rule("Mul")
+@rule(
+    "Mul",
+    examples=(
+        example(computed(2, 6, 4), weight(6, 1)),
+        example(weight(6, 1), computed(2, 6, 4)),
+        example(computed(2, 6, 4), computed(2, 6, 1)),
+        example(computed(2, 6, 4), literal(0.5, "float32")),
+    ),
+)
 def multiply(node: ir.Node) -> Statement:
     """y[...] = a[...] * b[...], broadcast; zero times anything finite is zero"""
     return Pointwise(node, broadcast_maps(node), absorbing=(0, 1))
 
 
-@rule("Where")
+@rule(
+    "Where",
+    examples=(
+        example(computed(2, 6, 4, dtype="bool"), computed(2, 6, 4), weight(6, 1)),
+        example(computed(2, 1, 4, dtype="bool"), literal(-1e9, "float32"), computed(2, 6, 4)),
+        example(
+            literal([[True], [False], [True], [True], [False], [True]], "bool"),
+            computed(2, 6, 4),
+            computed(2, 6, 4),
+        ),
+    ),
+)
 def where(node: ir.Node) -> Statement:
     """y[...] = a[...] if condition[...] else b[...], broadcast"""
     guarded = _guarded_softmax(node)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from etp_deploy.surgery.examples import computed, example, literal, weight
 from etp_deploy.surgery.rules.common import attribute, constant_at, normal_axis, rank, same_axes
 from etp_deploy.surgery.rules.registry import RefusedError, rule
 from etp_deploy.surgery.statements.pointwise import Pointwise
@@ -14,7 +15,30 @@ if TYPE_CHECKING:
     from etp_deploy.surgery.statements.base import Statement
 
 
-@rule("BatchNormalization")
+@rule(
+    "BatchNormalization",
+    examples=(
+        example(computed(2, 6, 4), weight(6), weight(6), weight(6), literal([1, 2, 0.5, 1, 3, 1], "float32")),
+        example(
+            computed(2, 6, 4),
+            weight(6),
+            computed(6),
+            weight(6),
+            literal([1, 2, 0.5, 1, 3, 1], "float32"),
+            removable=False,
+        ),
+        example(
+            computed(2, 6, 4),
+            weight(6),
+            weight(6),
+            weight(6),
+            literal([1, 2, 0.5, 1, 3, 1], "float32"),
+            training_mode=1,
+            outputs=3,
+            removable=False,
+        ),
+    ),
+)
 def batch_normalization(node: ir.Node) -> Statement:
     """y[n, c, ...] = (x[n, c, ...] - mean[c]) / sqrt(var[c] + epsilon) * scale[c] + bias[c]"""
     if attribute(node, "training_mode", 0):
@@ -26,7 +50,18 @@ def batch_normalization(node: ir.Node) -> Statement:
     return Pointwise(node, maps, absorbing=(1,))
 
 
-@rule("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization")
+@rule(
+    "LayerNormalization",
+    "RMSNormalization",
+    "SimplifiedLayerNormalization",
+    examples=(
+        example(computed(2, 6, 4), weight(4), weight(4), operator="LayerNormalization"),
+        example(computed(2, 6, 4), weight(6, 4), operator="LayerNormalization", axis=1),
+        example(computed(2, 6, 4), weight(4), operator="LayerNormalization", outputs=3, removable=False),
+        example(computed(2, 6, 4), weight(4), operator="RMSNormalization", opset=23),
+        example(computed(2, 6, 4), weight(4), operator="SimplifiedLayerNormalization"),
+    ),
+)
 def layer_normalization(node: ir.Node) -> Statement:
     """y = (x - mean) / std * scale + bias over the last axes; a removed channel would change mean and std"""
     axes = rank(node.inputs[0])
@@ -37,7 +72,17 @@ def layer_normalization(node: ir.Node) -> Statement:
     )
 
 
-@rule("Softmax", "LogSoftmax", "Hardmax")
+@rule(
+    "Softmax",
+    "LogSoftmax",
+    "Hardmax",
+    examples=(
+        example(computed(2, 6, 4)),
+        example(computed(2, 6, 4), axis=1),
+        example(computed(2, 6, 4), axis=2, opset=11),
+        example(computed(2, 6, 4), axis=1, opset=11, removable=False),
+    ),
+)
 def softmax(node: ir.Node) -> Statement:
     """y = exp(x) / sum(exp(x)) along an axis; rows sum to one"""
     axes = rank(node.inputs[0])
@@ -54,7 +99,7 @@ def softmax(node: ir.Node) -> Statement:
     )
 
 
-@rule("InstanceNormalization")
+@rule("InstanceNormalization", examples=(example(computed(2, 6, 4, 4), weight(6), weight(6)),))
 def instance_normalization(node: ir.Node) -> Statement:
     """y[n, c, ...] = (x[n, c, ...] - mean over space) / std over space * scale[c] + bias[c]"""
     axes = rank(node.inputs[0])

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from etp_deploy.surgery.shapes import axis_size, frame, single_label
+from etp_deploy.surgery.shapes import axis_size, frame, has_labels, single_label
 from etp_deploy.surgery.state import Cause, ConflictError, nested_fill
 from etp_deploy.surgery.statements.base import Edit, SetAttribute, Statement, set_plain
 
@@ -60,7 +60,7 @@ class Attention(Statement):
             for item in structures
             for axis in (HEADS, SIZE)
             if item is not None
-        )
+        ) and not any(has_labels(item[axis]) for item in structures for axis in (0, 2) if item is not None)
         if not ok:
             self._give_up(state, "heads of queries, keys and values do not all lie open here")
             return

@@ -6,6 +6,7 @@ import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import ml_dtypes
 import numpy as np
 
 from etp_deploy.surgery.shapes import ONE, Size, Structure, axis_size, frame, frame_dims, is_parameter, plain
@@ -43,6 +44,23 @@ class GatherInput:
     split: tuple[int, ...]
     indices: tuple[np.ndarray, ...]
     merged: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TakeEntries:
+    """Take these entries of an initializer input (flat, in the new shape), and add to them.
+
+    Attributes:
+        index: the input.
+        positions: which entries.
+        added: what to add to them, None for nothing.
+        slack: how much of a difference rounding makes to what is added.
+    """
+
+    index: int
+    positions: np.ndarray
+    added: np.ndarray | None = None
+    slack: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -95,7 +113,16 @@ class FreeShape:
 
 
 Edit = (
-    SetInput | SliceInput | GatherInput | SetAttribute | SetShape | SetSlice | AddVector | Affine | FreeShape
+    SetInput
+    | SliceInput
+    | GatherInput
+    | TakeEntries
+    | SetAttribute
+    | SetShape
+    | SetSlice
+    | AddVector
+    | Affine
+    | FreeShape
 )
 
 
@@ -158,6 +185,11 @@ class Statement:
         yield from ()
 
 
+def floating(dtype: np.dtype) -> bool:
+    """Return whether numbers of a type are floating-point ones (bfloat16 is none of numpy's own)."""
+    return dtype.kind == "f" or dtype == ml_dtypes.bfloat16
+
+
 def default_layout(state: State, value: ir.Value) -> None:
     """Lay out a tensor of which all stays."""
     structure = state.structure(value)
@@ -211,5 +243,26 @@ def cut_size(edit: Edit, value: ir.Value) -> tuple[int, bytes]:
             return size, b"".join(bytes([axis]) + line.tobytes() for axis, line in takes)
         case GatherInput(_, _, indices, merged):
             return int(np.prod(merged)), b"".join(index.tobytes() for index in indices)
+        case TakeEntries(_, positions, added, _):
+            content = positions.tobytes() + (b"" if added is None else added.tobytes())
+            return positions.size, hashlib.sha256(content).digest()
         case _:
             return 0, b""
+
+
+def taken(edit: Edit, shape: tuple[int, ...]) -> np.ndarray | None:
+    """Return which entries (flat, in the new shape) an edit leaves of an initializer; None where it sets others."""
+    positions: np.ndarray
+    match edit:
+        case SliceInput(_, takes):
+            positions = np.arange(int(np.prod(shape))).reshape(shape)
+            for axis, line in takes:
+                positions = np.take(positions, line, axis=axis)
+            return positions
+        case GatherInput(_, split, indices, merged):
+            positions = np.arange(int(np.prod(shape))).reshape(split)[indices].reshape(merged)
+            return positions
+        case TakeEntries():
+            return edit.positions
+        case _:
+            return None

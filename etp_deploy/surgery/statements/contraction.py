@@ -27,19 +27,31 @@ from etp_deploy.surgery.statements.base import (
     SetInput,
     SliceInput,
     Statement,
+    TakeEntries,
     array_of,
     default_layout,
     set_plain,
 )
 from etp_deploy.surgery.statements.pointwise import missing_rows
 from etp_deploy.surgery.statements.weights import Reads, Weight, merged_places
+from etp_deploy.surgery.stored import stored
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     import onnx_ir as ir
 
     from etp_deploy.surgery.state import State
+
+
+CONVOLUTIONS = frozenset({"Conv", "ConvTranspose", "QLinearConv", "ConvInteger"})
+# matrix products that may transpose their data
+TRANSPOSING = frozenset({"Gemm", "QGemm"})
+NO_CARRIER = (
+    "its constant meets zero padding, and the weight cannot carry it in the form in which it is stored, at"
+)
+# what float32 sums of products may be off by, as a share of the products' magnitudes
+ROUNDING = 1e-6
 
 
 class Contraction(Statement):
@@ -88,6 +100,11 @@ class Contraction(Statement):
         # output channels whose weights are taken for zeros, as (group, output of the group)
         self._silent: np.ndarray | None = None
 
+    @property
+    def windowed(self) -> bool:
+        """Whether the operator slides a window over space, a convolution."""
+        return self.node.op_type in CONVOLUTIONS
+
     # structure
 
     def structure(self, state: State) -> None:
@@ -104,6 +121,11 @@ class Contraction(Statement):
         if labels > 1 or (labels and self.weight.groups > 1 and len(structure[self.data_axis]) > 1):
             state.pin(self.data, self.data_axis, "several axes are merged here", self.node)
             structure = _without_labels(structure, self.data_axis)
+        if self._block() > 1 and not all(factor.labelled for factor in structure[self.data_axis]):
+            state.pin(
+                self.data, self.data_axis, "channels that share a scale are merged with others", self.node
+            )
+            structure = _without_labels(structure, self.data_axis)
         out = list(plain(shape))
         for axis in range(len(out)):
             source = self._source_axis(axis)
@@ -116,7 +138,7 @@ class Contraction(Statement):
         out[self.out_axis] = labelled(outputs) if outputs > 1 else plain((1,))[0]
         self.active = True
         state.set_structure(self.out, tuple(out))
-        self._frames(structure, tuple(out))
+        self._frames(frame(state.structure(self.data) or structure), structure, tuple(out))
         if len(self._batch) and len(self._data_dims):
             state.product.add(self.data)
         if len(self._batch):
@@ -124,18 +146,22 @@ class Contraction(Statement):
 
     def _passes(self, axis: int) -> bool:
         """Whether an axis of the data is an axis of the output, index by index (all but Conv's space)."""
-        return axis != self.data_axis and (self.node.op_type in {"MatMul", "Gemm"} or axis == 0)
+        return axis != self.data_axis and (not self.windowed or axis == 0)
 
     def _source_axis(self, out_axis: int) -> int | None:
         """Return the data's axis that an output axis comes from; MatMul and Gemm exchange one, Conv keeps all."""
         if out_axis == self.out_axis:
             return None
-        if self.node.op_type == "Gemm" and self.data_axis == 0:
+        if self.node.op_type in TRANSPOSING and self.data_axis == 0:
             return 1
         return out_axis
 
     def _sums(self, value: np.ndarray) -> np.ndarray:
         """Return sum_i w[o, i] * value[i] over groups and kernels, as it may be added to the bias."""
+        return self._weighted(value, np.asarray)
+
+    def _weighted(self, value: np.ndarray, form: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        """As `_sums`, of the weight in another form."""
         result = np.zeros(self.reads.shape[:2])
         if not value.any():
             return result
@@ -143,7 +169,7 @@ class Contraction(Statement):
         for group in range(self.reads.shape[0]):
             columns = np.flatnonzero(value[group])
             if columns.size:
-                weights = flat[group][:, columns].sum(axis=2, dtype=np.float64)
+                weights = form(flat[group][:, columns]).sum(axis=2, dtype=np.float64)
                 result[group] = weights @ value[group][columns]
         if self._silent is not None:
             result[self._silent] = 0
@@ -161,10 +187,11 @@ class Contraction(Statement):
         assert array is not None
         return array
 
-    def _frames(self, structure: Structure, out: Structure) -> None:
-        self._data_frame, self._out_frame = frame(structure), frame(out)
+    def _frames(self, whole: tuple[int, ...], structure: Structure, out: Structure) -> None:
+        """Set the frames' dimensions; the data's frame is whole, though a pinned axis counts as one index."""
+        self._data_frame, self._out_frame = whole, frame(out)
         dims = frame_dims(structure, self.data_axis)
-        self._data_dims = [dim for dim in dims if self._data_frame[dim] > 1]
+        self._data_dims = [dim for dim in dims if frame(structure)[dim] > 1]
         self._out_dim = frame_dims(out, self.out_axis)[0]
         self._batch: list[tuple[int, int]] = []
         for axis in range(len(out)):
@@ -226,7 +253,7 @@ class Contraction(Statement):
             return
         self._constants = None
         known, value = self._held(state)
-        usable = known & (value == 0) if self.bordered else known
+        usable = known & (value == 0) if self._only_zeros() else known
         read_unknown = self._reading(self.reads.outputs(~usable))
         if read_unknown.all():
             return
@@ -237,12 +264,23 @@ class Contraction(Statement):
             rows = bias.reshape(-1, bias.shape[-1] if bias.ndim else 1)
             ok = ok & np.broadcast_to((rows == rows[:1]).all(axis=0), ok.shape)
             result = result + rows[0].astype(np.float64)
-        result = result * self.out_scale
         shape = [1] * len(self._out_frame)
         shape[self._out_dim] = -1
-        dtype = self._array().dtype
         if ok.size == self._out_frame[self._out_dim]:
-            state.set_constant(self.out, ok.reshape(shape), result.astype(dtype).reshape(shape))
+            state.set_constant(self.out, ok.reshape(shape), self._finished(result).reshape(shape))
+
+    def _only_zeros(self) -> bool:
+        """Whether constants other than zero make an output that is not one."""
+        return self.bordered
+
+    def _finished(self, result: np.ndarray) -> np.ndarray:
+        """Return the output for a sum with its bias."""
+        return (result * self.out_scale).astype(self._array().dtype)
+
+    @property
+    def _sum_type(self) -> np.dtype:
+        """The type of the bias."""
+        return self._array().dtype
 
     def silence(self, state: State) -> bool:
         """Take for zeros the weights of output channels that nothing reads; say whether there are any.
@@ -256,6 +294,8 @@ class Contraction(Statement):
             or self._batch
             or weight is None
             or len(weight.uses()) > 1
+            or stored(weight) is not None
+            or self._array().dtype.kind != "f"
         ):
             return False
         constant = state.constant(self.out)
@@ -292,8 +332,20 @@ class Contraction(Statement):
         if (kept & ~self._seen).any():
             self._needed |= self.reads.inputs(self._reading(kept & ~self._seen))
         self._seen = kept.copy()
-        wanted = self._needed & ~self._held(state)[0]
-        self._grow_inputs(state, wanted, Cause("read with a weight that is not zero by", self.node, self.out))
+        known, value = self._held(state)
+        self._grow_inputs(
+            state, self._needed & ~known, Cause("read with a weight that is not zero by", self.node, self.out)
+        )
+        rigid = self._rigid()
+        if rigid:
+            cause = Cause(rigid, self.node, self.out, spare=True)
+            self._grow_inputs(state, self._needed & (value != 0), cause)
+
+    def _rigid(self) -> str:
+        """Return why removed constants that are not zero could not be made up for; empty where they can."""
+        if self.bordered and stored(self.node.inputs[self.weight.index]) is not None:
+            return NO_CARRIER
+        return ""
 
     def keep_inputs(self, state: State, wanted: np.ndarray, text: str) -> bool:
         """Keep dead input channels (a vector along the contracted axis) for a reason; return whether any is new."""
@@ -367,7 +419,20 @@ class Contraction(Statement):
         grown = self._repair_batch(state)
         if self.weight.groups > 1:
             grown |= self._repair_groups(state)
-        return grown
+        return grown | (self._block() > 1 and self._repair_blocks(state))
+
+    def _block(self) -> int:
+        """Return how many neighbouring input channels can only go together, since they share a scale."""
+        form = stored(self.node.inputs[self.weight.index])
+        return 1 if form is None or self.weight.groups > 1 else form.block_along(self.weight.contracted)
+
+    def _repair_blocks(self, state: State) -> bool:
+        if not self._data_dims:
+            return False
+        kept = self.kept_inputs(state)[0]
+        blocks = np.arange(kept.size) // self._block()
+        cause = Cause("a block of channels shares a scale at", self.node, spare=True)
+        return self._grow_inputs(state, np.isin(blocks, blocks[kept]), cause)
 
     def _repair_batch(self, state: State) -> bool:
         if not self._batch or not self._data_dims:
@@ -392,7 +457,7 @@ class Contraction(Statement):
         The result is True for each channel of a group, as (group, input of the group), that the group could keep
         as its carrier, and all False where nothing is needed.
         """
-        if not (self.active and self.bordered and self._data_dims):
+        if not (self.active and self.bordered and self._data_dims) or self._rigid():
             return np.zeros((1, 1), bool)
         known, value = self._held(state)
         usable = known & (value != 0)
@@ -446,7 +511,8 @@ class Contraction(Statement):
         state.layouts[self.out] = layout
 
     def _row_coordinate(self, state: State, own: int) -> np.ndarray:
-        coordinate = coordinates(state.layouts[self.data], self._data_frame)[own]
+        # the tensor's own frame: labels that are pinned along the contracted axis are not in ours
+        coordinate = coordinates(state.layouts[self.data], state.mask(self.data).shape)[own]
         others = tuple(dim for dim in range(coordinate.ndim) if dim != own)
         low, high = coordinate.min(axis=others), coordinate.max(axis=others)
         if not np.array_equal(low, high):
@@ -483,6 +549,15 @@ class Contraction(Statement):
             raise ConflictError([self.data, self.out])
         return np.asarray(rows[:, 0])
 
+    def check(self, state: State) -> None:
+        """Raise a conflict where channels that share a scale no longer stand together."""
+        block = self._block() if self.active else 1
+        if block == 1 or not self._data_dims:
+            return
+        order = self._input_order(state)
+        if not np.array_equal(order % block, np.arange(order.size) % block):
+            raise ConflictError([self.data])
+
     # edits
 
     def edits(self, state: State) -> Iterator[Edit]:
@@ -498,20 +573,34 @@ class Contraction(Statement):
         folded = bool((self.reads.inputs(self._reading(outputs)) & gone & (value != 0)).any())
         order = state.layouts[self.out]
         channels = self._out_channels(order)
-        if self.weight.groups == 1 and not (folded and self.bordered) and not silent.any():
-            yield self._plain_cut(state, channels)
-        else:
-            grouped = self.weight.grouped(self._array())
-            if silent.any():
-                grouped = np.where(np.expand_dims(silent, tuple(range(2, grouped.ndim))), 0, grouped)
-                grouped = grouped.astype(self._array().dtype)
-            if folded and self.bordered:
-                grouped = self._with_carrier(grouped, gone, known & inputs, value)
-            yield SetInput(self.weight.index, self.weight.ungrouped(self._cut(state, grouped, channels)))
+        yield from self._weight_edits(state, channels, gone if folded and self.bordered else None)
         yield from self._bias_edits(channels, gone, value, folded=folded and not self.bordered)
         groups = len(self._group_order(state))
         if self.weight.groups > 1 and groups != self.weight.groups:
             yield SetAttribute("group", groups)
+
+    def _weight_edits(self, state: State, channels: np.ndarray, carried: np.ndarray | None) -> Iterator[Edit]:
+        """Cut the weight, in the form in which it is stored; `carried` are removed inputs that a carrier stands for."""
+        weight = self.weight
+        if stored(self.node.inputs[weight.index]) is not None:
+            yield self._entries_edit(state, channels)
+        elif weight.groups == 1 and carried is None and self._silent is None:
+            yield self._plain_cut(state, channels)
+        else:
+            grouped = weight.grouped(self._array())
+            if self._silent is not None:
+                grouped = grouped.copy()
+                grouped[self._silent] = 0
+            if carried is not None:
+                known, value = self._held(state)
+                grouped = self._with_carrier(grouped, carried, known & self.kept_inputs(state), value)
+            yield SetInput(weight.index, weight.ungrouped(self._cut(state, grouped, channels)))
+
+    def _entries_edit(self, state: State, channels: np.ndarray) -> TakeEntries:
+        """Say which entries of the weight to take, whatever form it is stored in."""
+        array = self._array()
+        places = self.weight.grouped(np.arange(array.size).reshape(array.shape))
+        return TakeEntries(self.weight.index, self.weight.ungrouped(self._cut(state, places, channels)))
 
     def _out_channels(self, layout: np.ndarray) -> np.ndarray:
         if self._out_frame[self._out_dim] == 1:
@@ -525,6 +614,7 @@ class Contraction(Statement):
     ) -> np.ndarray:
         """Let one kept constant channel of each group carry the removed ones: w_j += sum_i w_i c_i / c_j."""
         grouped = grouped.astype(np.float64)
+        by_label = self.weight.by_label(grouped, self._axis)
         for group in range(grouped.shape[0]):
             removed = np.flatnonzero(gone[group] & (value[group] != 0))
             candidates = np.flatnonzero(present[group] & (value[group] != 0))
@@ -532,7 +622,7 @@ class Contraction(Statement):
                 continue
             carrier = candidates[np.argmax(np.abs(value[group][candidates]))]
             scale = value[group][removed] / value[group][carrier]
-            grouped[group, :, carrier] += np.einsum("oi...,i->o...", grouped[group][:, removed], scale)
+            by_label[group, :, carrier] += np.einsum("oi...,i->o...", by_label[group][:, removed], scale)
         return grouped.astype(self._array().dtype)
 
     def _plain_cut(self, state: State, channels: np.ndarray) -> SliceInput:
@@ -562,15 +652,20 @@ class Contraction(Statement):
     def _bias_edits(
         self, channels: np.ndarray, gone: np.ndarray, value: np.ndarray, *, folded: bool
     ) -> Iterator[Edit]:
-        dtype = self._array().dtype
-        share = self._sums(np.where(gone, value, 0.0)).reshape(-1)[channels] if folded else np.zeros(0)
+        dtype = self._sum_type
+        removed = np.where(gone, value, 0.0)
+        share = self._sums(removed).reshape(-1)[channels] if folded else np.zeros(0)
         bias = array_of(self._bias_value())
         if bias is not None and self.bias is not None:
-            cut = bias if not bias.ndim or bias.shape[-1] == 1 else np.take(bias, channels, axis=-1)
+            along = channels if bias.ndim and bias.shape[-1] > 1 else np.zeros(len(channels), np.int64)
+            places = np.arange(bias.size).reshape(bias.shape or (1,))
             if folded:
-                cut = (cut.astype(np.float64) + share).astype(dtype)
-            if folded or cut.shape != bias.shape:
-                yield SetInput(self.bias, cut)
+                form = stored(self._bias_value())
+                slack = None if form is None else np.abs(self._weighted(np.abs(removed), np.abs)).reshape(-1)
+                allowed = None if slack is None else ROUNDING * slack[channels]
+                yield TakeEntries(self.bias, np.take(places, along, axis=-1), share, allowed)
+            elif bias.ndim and bias.shape[-1] > 1 and not np.array_equal(along, np.arange(bias.shape[-1])):
+                yield TakeEntries(self.bias, np.take(places, along, axis=-1))
         elif folded and self.bias is not None:
             yield SetInput(self.bias, share.astype(dtype))
         elif folded:

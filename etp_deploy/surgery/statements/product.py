@@ -81,7 +81,10 @@ class Product(Statement):
         state.set_structure(self.out, out)
         self.active = any(has_labels(axis) for axis in common)
         self.structures = tuple(
-            self._adapted(s, role) for s, role in zip((first, second, out), self.roles, strict=True)
+            self._adapted(s, role, whole=value is not self.out and is_parameter(value))
+            for value, s, role in zip(
+                (*self.operands, self.out), (first, second, out), self.roles, strict=True
+            )
         )
 
     def _common_axis(
@@ -107,14 +110,20 @@ class Product(Statement):
             state.pin(value, own, "it meets an axis of which nothing can be removed", self.node)
         return unlabelled(live[0][2])
 
-    def _adapted(self, structure: Structure, role: tuple[int, ...]) -> Structure:
-        """Give an operand the common structure where it has the axis at full size, factor by factor."""
+    def _adapted(self, structure: Structure, role: tuple[int, ...], *, whole: bool) -> Structure:
+        """Give an operand the common structure where it has the axis at full size, factor by factor.
+
+        Args:
+            structure: the operand's.
+            role: the common axis of each of its axes.
+            whole: whether its axes are not cut into factors yet (a constant's).
+        """
         adapted: list[Axis] = []
         for axis, place in zip(structure, role, strict=True):
             common = self.common[place]
-            if axis_size(axis) != axis_size(common):
+            if axis_size(axis) == ONE:
                 adapted.append(axis)
-            elif len(axis) == len(common):
+            elif axis_size(axis) == axis_size(common) and (whole or len(axis) == len(common)):
                 adapted.append(common)
             else:
                 adapted.append(tuple(Factor(factor.size) for factor in axis))
@@ -336,26 +345,42 @@ class Product(Statement):
         moved = np.transpose(low, [*order, *contracted])
         return moved.reshape(moved.shape[: len(order)])
 
+    def _cuts(self, state: State, which: int) -> tuple[dict[int, np.ndarray], list[tuple[int, int]]]:
+        """Return, for each labelled dimension of a constant operand, which indices stay and its common dimension."""
+        other = 1 - which
+        live = self.operands[other]
+        coords = coordinates(state.layouts[live], state.mask(live).shape)
+        wanted: dict[int, np.ndarray] = {}
+        links: list[tuple[int, int]] = []
+        found: list[np.ndarray | None] = [None] * len(frame(self.common))
+        self._collect(live, other, coords, found)
+        own, role = self.structures[which], self.roles[which]
+        for axis, common in enumerate(role):
+            for dim, target in zip(frame_dims(own, axis), frame_dims(self.common, common), strict=False):
+                coordinate = found[target]
+                if frame(own)[dim] > 1 and coordinate is not None:
+                    wanted[dim] = coordinate
+                    links.append((dim, target))
+        return wanted, links
+
+    def _constant_operands(self) -> list[int]:
+        return [which for which in (0, 1) if self.active and is_parameter(self.operands[which])]
+
+    def check(self, state: State) -> None:
+        """Raise a conflict where a constant operand would have to be another one for each index of an axis it lacks."""
+        for which in self._constant_operands():
+            wanted, links = self._cuts(state, which)
+            targets = {target for _, target in links}
+            for coordinate in wanted.values():
+                others = tuple(dim for dim in range(coordinate.ndim) if dim not in targets)
+                if not np.array_equal(coordinate.min(axis=others), coordinate.max(axis=others)):
+                    raise ConflictError([self.out, *self.operands])
+
     # edits
 
     def edits(self, state: State) -> Iterator[Edit]:
         """Cut a constant operand along the heads and the contracted axis."""
-        for which, value in enumerate(self.operands):
-            if not self.active or not is_parameter(value):
-                continue
-            other = 1 - which
-            live = self.operands[other]
-            coords = coordinates(state.layouts[live], state.mask(live).shape)
-            wanted: dict[int, np.ndarray] = {}
-            links: list[tuple[int, int]] = []
-            found: list[np.ndarray | None] = [None] * len(frame(self.common))
-            self._collect(live, other, coords, found)
-            own, role = self.structures[which], self.roles[which]
-            for axis, common in enumerate(role):
-                for dim, target in zip(frame_dims(own, axis), frame_dims(self.common, common), strict=False):
-                    coordinate = found[target]
-                    if frame(own)[dim] > 1 and coordinate is not None:
-                        wanted[dim] = coordinate
-                        links.append((dim, target))
+        for which in self._constant_operands():
+            wanted, links = self._cuts(state, which)
             if wanted:
-                yield from take_channels(which, own, wanted, links)
+                yield from take_channels(which, self.structures[which], wanted, links)

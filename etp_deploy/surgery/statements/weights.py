@@ -43,6 +43,20 @@ class Weight:
         moved = grouped.reshape(-1, *grouped.shape[2:])
         return np.ascontiguousarray(np.moveaxis(moved, (0, 1), (self.out, self.contracted)))
 
+    def by_label(self, grouped: np.ndarray, axis: Axis) -> np.ndarray:
+        """View a grouped weight as (group, output, labelled input position, all the rest in its own axes).
+
+        Args:
+            grouped: from `grouped`.
+            axis: the contracted axis of the data, with one labelled factor.
+        """
+        if len(axis) == 1:
+            return grouped
+        sizes = [factor.size.coefficient for factor in axis]
+        place = next(place for place, factor in enumerate(axis) if factor.labelled)
+        split = grouped.reshape(*grouped.shape[:2], *sizes, *grouped.shape[3:])
+        return np.moveaxis(split, place + 2, 2)
+
     def flattened(self, array: np.ndarray, axis: Axis) -> np.ndarray:
         """Return a weight as (group, output, labelled input position, all the rest).
 
