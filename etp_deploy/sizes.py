@@ -28,6 +28,7 @@ _CONTRACTIONS = {
     "Gemm": ("Gemm", 1),
     "QGemm": ("Gemm", 3),
     "QLinearMatMul": ("MatMul", 3),
+    **dict.fromkeys(("FusedMatMul", "TransposeMatMul"), ("Gemm", 1)),
     **dict.fromkeys(
         ("MatMul", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul"), ("MatMul", 1)
     ),
@@ -132,10 +133,13 @@ def counting_sizes(graph: ir.Graph) -> dict[str, int]:
 
 def node_macs(node: ir.Node, bindings: Mapping[str, int]) -> int | None:
     """Return a node's multiply-accumulates: 0 for what is no contraction, None where a shape is not known."""
-    held = bodies(node)
+    if held := bodies(node):
+        return _body_macs(node, held, bindings)
     kind, weight = _CONTRACTIONS.get(node.op_type, ("", 0))
-    if held or not kind:
-        return _body_macs(node, held, bindings) if held else 0
+    return _contraction_macs(node, kind, weight, bindings) if kind else 0
+
+
+def _contraction_macs(node: ir.Node, kind: str, weight: int, bindings: Mapping[str, int]) -> int | None:
     first, second, out = (
         concrete(value, bindings) for value in (node.inputs[0], node.inputs[weight], node.outputs[0])
     )
@@ -147,7 +151,7 @@ def node_macs(node: ir.Node, bindings: Mapping[str, int]) -> int | None:
         return math.prod(first) * math.prod(second[1:])
     if kind == "packed":
         return math.prod(out) * first[-1]
-    inner = second[1] if kind == "Gemm" and node.attributes.get_int("transB", 0) != 0 else second[-2:][0]
+    inner = second[-1] if kind == "Gemm" and node.attributes.get_int("transB", 0) != 0 else second[-2:][0]
     return math.prod(out) * inner
 
 

@@ -95,4 +95,4 @@ def test_a_rule_begins_with_its_equation(operator):
 
 def test_every_operator_has_an_example():
     """Each operator that a rule covers has a node that shows it, on which the properties are checked."""
-    assert not [operator for operator in covered() if not examples_of(*operator)]
+    assert [operator for operator in covered() if not examples_of(*operator)] == []

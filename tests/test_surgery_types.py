@@ -117,6 +117,35 @@ def test_the_same_goes_in_every_type(network, dtype):
         assert worst <= 4 * ROUNDING[dtype] * np.abs(wide).max()
 
 
+def test_a_softmax_in_float32_between_casts():
+    """Mixed precision: attention over constant values is constant, though its weights pass through Casts."""
+    case, expected = attention()
+    for node in case.model.graph.node:
+        if node.output[0] == "vm":  # a head whose values are constants other than zero
+            node.output[0] = "unbiased"
+    bias = numpy_helper.from_array(np.linspace(0.5, 1, 8).astype(np.float32), "bias")
+    place = next(i for i, node in enumerate(case.model.graph.node) if node.output[0] == "unbiased")
+    case.model.graph.node.insert(place + 1, helper.make_node("Add", ["unbiased", "bias"], ["vm"]))
+    case.model.graph.initializer.append(bias)
+    case = converted(case, HALF)
+    softmax = next(i for i, node in enumerate(case.model.graph.node) if node.op_type == "Softmax")
+    case.model.graph.node[softmax].input[0], case.model.graph.node[softmax].output[0] = "wide", "widep"
+    case.model.graph.node.insert(
+        softmax + 1, helper.make_node("Cast", ["widep"], ["p"], to=onnx.TensorProto.FLOAT16)
+    )
+    case.model.graph.node.insert(
+        softmax, helper.make_node("Cast", ["scores"], ["wide"], to=onnx.TensorProto.FLOAT)
+    )
+    result = shrunk(case.model)
+    assert shapes(result) == {
+        **{key: value for key, value in expected.items() if key != "vm"},
+        "unbiased": (8, 4),
+    }
+    for one, other in zip(run(case.model, case.feeds), run(result, case.feeds), strict=True):
+        worst = np.abs(one.astype(np.float64) - other.astype(np.float64)).max()
+        assert worst <= 4 * ROUNDING[HALF] * np.abs(one.astype(np.float64)).max()
+
+
 @NETWORKS
 @pytest.mark.parametrize("dtype", [HALF, BRAIN, DOUBLE], ids=lambda dtype: dtype.name)
 def test_weights_that_are_stored_in_another_type(network, dtype):

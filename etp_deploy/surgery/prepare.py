@@ -18,6 +18,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as passes
 from onnx_shape_inference import SYM_DATA_KEY, ShapeInferenceError, infer_symbolic_shapes
 
+import etp_deploy.surgery.fused_shapes
 import etp_deploy.surgery.quantized_shapes  # noqa: F401 - teaches shape inference
 from etp_deploy.errors import ModelError
 from etp_deploy.surgery.absorb import absorb_padding, omit_zero_states
@@ -35,6 +36,7 @@ from etp_deploy.surgery.boundaries import (
     remove_unused,
 )
 from etp_deploy.surgery.evaluate import evaluate
+from etp_deploy.surgery.fusions import take_apart
 from etp_deploy.surgery.shapes import Size, is_parameter
 from etp_deploy.surgery.stored import unpack
 
@@ -104,6 +106,7 @@ def prepare(model: ir.Model) -> ir.Model:
         simplify(model)
     remove_unused(model)
     name_apart(model)
+    take_apart(model.graph, constant)
     open_bodies(model)
     forget_body_inputs(model)
     unpack(model.graph, constant)

@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from etp_deploy.errors import PlanError
 from etp_deploy.surgery.boundaries import name_apart, release_bodies, remove_unused
+from etp_deploy.surgery.fusions import put_together
 from etp_deploy.surgery.prepare import constant
 from etp_deploy.surgery.statements.base import (
     AddVector,
@@ -305,6 +306,7 @@ def rewrite(model: ir.Model, edits: Sequence[tuple[ir.Node, tuple[Edit, ...]]]) 
     """Apply edits to a prepared model, in place, and drop what nothing uses any more."""
     rewriter = Rewriter(model.graph)
     rewriter.apply(edits)
+    put_together(model.graph)
     for value in (value for node in model.graph.all_nodes() for value in node.outputs):
         if not value.is_graph_output():
             value.shape = None

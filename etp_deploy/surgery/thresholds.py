@@ -1,4 +1,8 @@
-"""Weights that are nearly zero: `--zero-below`."""
+"""Weights that are nearly zero: `--zero-below`.
+
+Quantised weights are left alone, stored behind DequantizeLinear or read by operators on integers: on their grid
+whatever is below half a step is zero already, and the next one is a step that training or calibration chose.
+"""
 
 from __future__ import annotations
 

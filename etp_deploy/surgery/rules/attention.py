@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from etp_deploy.surgery.examples import computed, example, weight
+from etp_deploy.surgery.examples import computed, example, literal, weight
 from etp_deploy.surgery.rules.common import attribute, input_at, rank, static
 from etp_deploy.surgery.rules.registry import RefusedError, rule
 from etp_deploy.surgery.statements.attention import Attention
@@ -38,9 +38,24 @@ if TYPE_CHECKING:
             computed(2, 4, 5, 6),
             computed(2, 4, 5, 6),
             computed(2, 4, 5, 3),
+            literal([[False] * 5, *[[True] * 5] * 4], "bool"),
+            opset=23,
+        ),
+        example(computed(2, 1, 5, 1), weight(2, 1, 5, 1), computed(2, 1, 5, 3), opset=23, removable=False),
+        example(
+            computed(2, 4, 5, 6),
+            computed(2, 4, 5, 6),
+            computed(2, 4, 5, 3),
             None,
             computed(2, 4, 3, 6),
             computed(2, 4, 3, 3),
+            opset=23,
+            removable=False,
+        ),
+        example(
+            computed(2, 4, 5, 6),
+            computed(2, 4, 5, 6),
+            computed(2, 4, 5, 3),
             opset=23,
             outputs=3,
             removable=False,

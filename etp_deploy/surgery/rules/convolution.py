@@ -79,6 +79,7 @@ def _channelwise(node: ir.Node) -> dict[int, tuple[int | None, ...]]:
     "GlobalMaxPool",
     examples=(
         example(computed(2, 6, 5, 5), operator="MaxPool", kernel_shape=[3, 3], pads=[1, 1, 1, 1]),
+        example(computed(2, 6, 5), operator="MaxPool", kernel_shape=[3]),
         example(computed(2, 6, 5), operator="GlobalAveragePool"),
         example(computed(2, 6, 4, 4), operator="GlobalMaxPool"),
     ),

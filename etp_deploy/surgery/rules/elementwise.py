@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+import onnx_ir as ir
 
 from etp_deploy.surgery.examples import computed, example, literal, weight
 from etp_deploy.surgery.rules.common import broadcast_maps, constant_at, input_at, rank, same_axes
@@ -13,8 +14,6 @@ from etp_deploy.surgery.statements.base import array_of
 from etp_deploy.surgery.statements.pointwise import Pointwise
 
 if TYPE_CHECKING:
-    import onnx_ir as ir
-
     from etp_deploy.surgery.statements.base import Statement
 
 UNARY = (
@@ -61,7 +60,7 @@ UNARY = (
         "Tan",
         "Tanh",
     ),
-    *("ThresholdedRelu", "Cast", "IsInf", "IsNaN", "Shrink", "BitwiseNot"),
+    *("ThresholdedRelu", "IsInf", "IsNaN", "Shrink", "BitwiseNot"),
 )
 BINARY = (
     *("Add", "Sub", "Div", "Pow", "PRelu", "Max", "Min", "Mean", "Sum", "Mod", "BitShift"),
@@ -88,6 +87,23 @@ BINARY = (
 def unary(node: ir.Node) -> Statement:
     """y[...] = f(x[...])"""
     return Pointwise(node, {0: same_axes(rank(node.inputs[0]))})
+
+
+@rule(
+    "Cast",
+    examples=(
+        example(computed(2, 6, 3), to=int(ir.DataType.DOUBLE)),
+        example(computed(2, 6, 3), to=int(ir.DataType.INT32)),
+        example(computed(2, 6, 3, dtype="int64"), to=int(ir.DataType.FLOAT)),
+    ),
+)
+def cast(node: ir.Node) -> Statement:
+    """y[...] = x[...] in another type; what sums to one does so in any floating-point type, to its rounding"""
+    kinds = (node.inputs[0], node.outputs[0])
+    floats = all(
+        item is not None and item.dtype is not None and item.dtype.is_floating_point() for item in kinds
+    )
+    return Pointwise(node, {0: same_axes(rank(node.inputs[0]))}, same_entries=floats)
 
 
 @rule(

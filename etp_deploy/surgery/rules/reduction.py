@@ -110,6 +110,7 @@ def reduce_other(node: ir.Node) -> Statement:
     examples=(
         example(computed(2, 6, 4), axis=2),
         example(computed(2, 6, 4), axis=-2, keepdims=0),
+        example(computed(2, 6, 4), axis=2, select_last_index=1),
         example(computed(4, 6)),
     ),
 )

@@ -67,6 +67,8 @@ class Contraction(Statement):
         bordered: why a constant channel does not give a constant output (zero padding); empty if it does.
         bias_scale: what a sum over channels is multiplied by before it may be added to the bias (Gemm).
         out_scale: what their sum is multiplied by (Gemm).
+        sources: for each axis of the output the data's axis that it is, index by index; None where there is none.
+            Left out, it follows from the operator.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class Contraction(Statement):
         bordered: bool = False,
         bias_scale: float = 1.0,
         out_scale: float = 1.0,
+        sources: tuple[int | None, ...] | None = None,
     ) -> None:
         super().__init__(node)
         value = node.inputs[data]
@@ -94,6 +97,7 @@ class Contraction(Statement):
         self.bordered = bordered
         self.bias_scale = bias_scale
         self.out_scale = out_scale
+        self.sources = sources
         self.active = False
         self._seen: np.ndarray | None = None
         self._constants: tuple[np.ndarray, np.ndarray] | None = None
@@ -146,12 +150,16 @@ class Contraction(Statement):
 
     def _passes(self, axis: int) -> bool:
         """Whether an axis of the data is an axis of the output, index by index (all but Conv's space)."""
+        if self.sources is not None:
+            return axis in self.sources
         return axis != self.data_axis and (not self.windowed or axis == 0)
 
     def _source_axis(self, out_axis: int) -> int | None:
         """Return the data's axis that an output axis comes from; MatMul and Gemm exchange one, Conv keeps all."""
         if out_axis == self.out_axis:
             return None
+        if self.sources is not None:
+            return self.sources[out_axis]
         if self.node.op_type in TRANSPOSING and self.data_axis == 0:
             return 1
         return out_axis
