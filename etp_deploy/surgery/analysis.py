@@ -15,6 +15,7 @@ import numpy as np
 from etp_deploy.errors import PlanError
 from etp_deploy.surgery.carriers import keep_carriers
 from etp_deploy.surgery.rules import statement, unknown
+from etp_deploy.surgery.silence import silence
 from etp_deploy.surgery.state import Cause, ConflictError, State, coordinates
 from etp_deploy.surgery.statements.base import default_layout
 from etp_deploy.surgery.statements.body import bodies
@@ -135,6 +136,8 @@ def solve(analysis: Analysis, fill: Fill | None = None) -> None:
         settle(analysis)
         repaired = [says.repair(state) for says in analysis.statements.values()]
         if any(repaired):
+            continue
+        if silence(analysis):
             continue
         # a carrier is a channel too: only what has none then is given one back
         if keep_carriers(analysis) or _keep_one(analysis) or (fill is not None and fill(analysis)):

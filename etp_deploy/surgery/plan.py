@@ -188,7 +188,8 @@ def _layer(
 def final_constant(analysis: Analysis, value: ir.Value, dim: int) -> np.ndarray:
     """Return which indices along a frame dimension hold a known constant."""
     mask = analysis.state.mask(value)
-    constant = analysis.state.constant(value)
+    state = analysis.state
+    constant = (state.constants if state.proved is None else state.proved).get(value)
     if constant is None:
         return np.zeros(mask.shape[dim], bool)
     return np.asarray(constant.known.all(axis=tuple(other for other in range(mask.ndim) if other != dim)))

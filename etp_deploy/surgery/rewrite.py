@@ -170,7 +170,7 @@ class Rewriter:
 
         def cut() -> np.ndarray:
             array = unshared(source).numpy()
-            for axis, line in sorted(takes, key=lambda take: take[1].size / array.shape[take[0]]):
+            for axis, line in sorted(takes, key=lambda take: take[1].size / max(array.shape[take[0]], 1)):
                 array = np.take(array, line, axis=axis)
             return array
 

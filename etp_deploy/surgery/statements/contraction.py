@@ -101,6 +101,8 @@ class Contraction(Statement):
         self.active = False
         self._seen: np.ndarray | None = None
         self._constants: tuple[np.ndarray, np.ndarray] | None = None
+        # output channels whose weights are taken for zeros, as (group, output of the group)
+        self._silent: np.ndarray | None = None
 
     @property
     def windowed(self) -> bool:
@@ -177,6 +179,8 @@ class Contraction(Statement):
             if columns.size:
                 weights = form(flat[group][:, columns]).sum(axis=2, dtype=np.float64)
                 result[group] = weights @ value[group][columns]
+        if self._silent is not None:
+            result[self._silent] = 0
         return result * self.bias_scale
 
     def _flat(self) -> np.ndarray:
@@ -255,9 +259,10 @@ class Contraction(Statement):
         """An output is known if every input that it reads is; at padded borders only if these are zero."""
         if not self.active:
             return
+        self._constants = None
         known, value = self._held(state)
         usable = known & (value == 0) if self._only_zeros() else known
-        read_unknown = self.reads.outputs(~usable)
+        read_unknown = self._reading(self.reads.outputs(~usable))
         if read_unknown.all():
             return
         result = self._sums(value).reshape(-1)
@@ -285,6 +290,35 @@ class Contraction(Statement):
         """The type of the bias."""
         return self._array().dtype
 
+    def silence(self, state: State) -> bool:
+        """Take for zeros the weights of output channels that nothing reads; say whether there are any.
+
+        What such a channel holds does not matter: if it stays for another reason, it need not read anything.
+        """
+        weight = self.node.inputs[self.weight.index]
+        if (
+            not self.active
+            or self.weight.groups > 1
+            or self._batch
+            or weight is None
+            or len(weight.uses()) > 1
+            or stored(weight) is not None
+            or self._array().dtype.kind != "f"
+        ):
+            return False
+        constant = state.constant(self.out)
+        dead = ~self._along_out(state.mask(self.out))
+        if constant is not None:
+            dead &= ~self._along_out(np.broadcast_to(constant.known, self._out_frame), np.logical_and)
+        if not dead.any():
+            return False
+        self._silent = dead.reshape(self.reads.shape[:2])
+        return True
+
+    def _reading(self, outputs: np.ndarray) -> np.ndarray:
+        """Leave out, of some output channels, those whose weights are taken for zeros."""
+        return outputs if self._silent is None else outputs & ~self._silent
+
     # masks
 
     def spread(self, state: State) -> None:
@@ -294,14 +328,17 @@ class Contraction(Statement):
         self._spread_batch(state)
         if self.weight.groups > 1:
             self._spread_groups(state)
-        if not self._data_dims:
-            return
         kept = self._kept_outputs(state)
+        if not self._data_dims:
+            read = self.reads.inputs(self._reading(kept)) & ~self._held(state)[0]
+            if read.any() and not self._batch:
+                state.grow(self.data, np.ones((), bool), Cause("read as a whole by", self.node, self.out))
+            return
         if self._seen is None:
             self._seen = np.zeros_like(kept)
             self._needed = np.zeros(self.reads.shape[::2], bool)
         if (kept & ~self._seen).any():
-            self._needed |= self.reads.inputs(kept & ~self._seen)
+            self._needed |= self.reads.inputs(self._reading(kept & ~self._seen))
         self._seen = kept.copy()
         known, value = self._held(state)
         self._grow_inputs(
@@ -432,7 +469,7 @@ class Contraction(Statement):
             return np.zeros((1, 1), bool)
         known, value = self._held(state)
         usable = known & (value != 0)
-        read = self.reads.inputs(self._kept_outputs(state))
+        read = self.reads.inputs(self._reading(self._kept_outputs(state)))
         kept = self.kept_inputs(state)
         lacking = (usable & read & ~kept).any(axis=1) & ~(usable & kept).any(axis=1)
         return np.asarray(usable & lacking[:, None])
@@ -538,9 +575,10 @@ class Contraction(Statement):
         outputs, inputs = self._kept_outputs(state), self.kept_inputs(state)
         known, value = self._held(state)
         gone = known & ~inputs if self._data_dims else np.zeros_like(known)
-        if outputs.all() and inputs.all():
+        silent = np.zeros_like(outputs) if self._silent is None else outputs & self._silent
+        if outputs.all() and inputs.all() and not silent.any():
             return
-        folded = bool((self.reads.inputs(outputs) & gone & (value != 0)).any())
+        folded = bool((self.reads.inputs(self._reading(outputs)) & gone & (value != 0)).any())
         order = state.layouts[self.out]
         channels = self._out_channels(order)
         yield from self._weight_edits(state, channels, gone if folded and self.bordered else None)
@@ -554,10 +592,13 @@ class Contraction(Statement):
         weight = self.weight
         if stored(self.node.inputs[weight.index]) is not None:
             yield self._entries_edit(state, channels)
-        elif weight.groups == 1 and carried is None:
+        elif weight.groups == 1 and carried is None and self._silent is None:
             yield self._plain_cut(state, channels)
         else:
             grouped = weight.grouped(self._array())
+            if self._silent is not None:
+                grouped = grouped.copy()
+                grouped[self._silent] = 0
             if carried is not None:
                 known, value = self._held(state)
                 grouped = self._with_carrier(grouped, carried, known & self.kept_inputs(state), value)
