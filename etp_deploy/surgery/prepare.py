@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,6 +22,7 @@ from onnx_shape_inference import SYM_DATA_KEY, ShapeInferenceError, infer_symbol
 from etp_deploy.errors import ModelError
 from etp_deploy.surgery.absorb import absorb_padding, omit_zero_states
 from etp_deploy.surgery.evaluate import evaluate
+from etp_deploy.surgery.projections import open_projections
 from etp_deploy.surgery.shapes import Size, is_parameter
 
 if TYPE_CHECKING:
@@ -92,6 +94,9 @@ def prepare(model: ir.Model) -> ir.Model:
         infer_shapes(model)
         changed = _fold_integers(model.graph) | _resolve_shapes(model.graph) | _fill_shapes(model.graph)
         passes.RemoveUnusedNodesPass()(model)
+    if open_projections(model.graph, partial(constant, model.graph)):
+        passes.RemoveUnusedNodesPass()(model)
+        infer_shapes(model)
     if absorb_padding(model.graph) | omit_zero_states(model.graph):
         passes.RemoveUnusedNodesPass()(model)
     return model

@@ -11,6 +11,7 @@ import onnx_ir.passes.common as passes
 
 from etp_deploy.errors import PlanError
 from etp_deploy.surgery.prepare import constant
+from etp_deploy.surgery.projections import close_projections
 from etp_deploy.surgery.statements.base import (
     AddVector,
     Affine,
@@ -83,7 +84,7 @@ class Rewriter:
             node.resize_inputs(index + 1)
         node.replace_input_with(index, self._shared(name, array))
 
-    def _named(self, array: np.ndarray, name: str) -> ir.Value:
+    def named(self, array: np.ndarray, name: str) -> ir.Value:
         """Add an initializer that takes over a name as soon as that is free."""
         value = constant(self.graph, array, name)
         self.wanted[value] = name
@@ -95,7 +96,7 @@ class Rewriter:
             f"{array.dtype} {array.shape}".encode() + np.ascontiguousarray(array).data
         ).digest()
         if (name, digest) not in self._cut:
-            self._cut[name, digest] = self._named(array, name)
+            self._cut[name, digest] = self.named(array, name)
         return self._cut[name, digest]
 
     def _slice_input(self, node: ir.Node, index: int, takes: tuple[tuple[int, np.ndarray], ...]) -> None:
@@ -109,7 +110,7 @@ class Rewriter:
             array = self._array(node, index)
             for axis, line in takes:
                 array = np.take(array, line, axis=axis)
-            self._cut[key] = self._named(array, old.name or f"{node.outputs[0].name}_{index}")
+            self._cut[key] = self.named(array, old.name or f"{node.outputs[0].name}_{index}")
         node.replace_input_with(index, self._cut[key])
 
     def _set_shape(self, node: ir.Node, index: int, sizes: tuple[tuple[Size, bool], ...]) -> None:
@@ -234,6 +235,7 @@ def rewrite(model: ir.Model, edits: Sequence[tuple[ir.Node, tuple[Edit, ...]]]) 
     """Apply edits to a prepared model, in place, and drop what nothing uses any more."""
     rewriter = Rewriter(model.graph)
     rewriter.apply(edits)
+    close_projections(model.graph, rewriter.named)
     for value in (value for node in model.graph for value in node.outputs):
         if not value.is_graph_output():
             value.shape = None
