@@ -155,7 +155,10 @@ def _may_mask_all(node: ir.Node) -> bool:
     ),
 )
 def multi_head_attention(node: ir.Node) -> Statement:
-    """y[b, n, (h, e)] = sum_m softmax_m(scale * q[b, n, h] . k[b, m, h] + mask) * v[b, m, h, e], packed in any way"""
+    """y[b, n, (h, e)] = sum_m softmax_m(scale * q[b, n, h] . k[b, m, h] + mask) * v[b, m, h, e], packed in any way
+
+    What a mask hides gets a number added (`mask_filter_value`), so that weights sum to one under any mask.
+    """
     heads = int(attribute(node, "num_heads", 0))
     if input_at(node, 3) is not None:
         raise RefusedError("a bias that is computed or shared by packed tensors")
@@ -174,14 +177,11 @@ def multi_head_attention(node: ir.Node) -> Statement:
             static(input_at(node, 2), 3) if key == 4 else _quotient(static(input_at(node, 2), 2), heads)
         )
     _check(node, tensors, 3)
-    mask = input_at(node, 4)
     cached = any(input_at(node, index) is not None for index in (6, 7)) or _used(node, 1, 2)
     form = Form(
         (2,),
         scale=None if attribute(node, "scale", 0.0) else 1.0 / math.sqrt(size),
         counts=("num_heads",),
-        # masks of rank 1 count tokens, and kernels skip those beyond
-        sums_to_one=mask is None or rank(mask) > 1,
         one_size=key != 3,
         cached=_CACHE if cached else "",
         per_head=((5, 3),),
