@@ -20,7 +20,7 @@ import onnx_ir.passes.common as passes
 from onnx_shape_inference import SYM_DATA_KEY, ShapeInferenceError, infer_symbolic_shapes
 
 from etp_deploy.errors import ModelError
-from etp_deploy.surgery.absorb import absorb_padding, omit_zero_states
+from etp_deploy.surgery.absorb import absorb_padding, expand_tiles, omit_zero_states
 from etp_deploy.surgery.evaluate import evaluate
 from etp_deploy.surgery.projections import open_projections
 from etp_deploy.surgery.shapes import Size, is_parameter
@@ -97,7 +97,7 @@ def prepare(model: ir.Model) -> ir.Model:
     if open_projections(model.graph, partial(constant, model.graph)):
         passes.RemoveUnusedNodesPass()(model)
         infer_shapes(model)
-    if absorb_padding(model.graph) | omit_zero_states(model.graph):
+    if absorb_padding(model.graph) | omit_zero_states(model.graph) | expand_tiles(model.graph):
         passes.RemoveUnusedNodesPass()(model)
     return model
 
