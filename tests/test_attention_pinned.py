@@ -12,6 +12,7 @@ from onnx import helper, numpy_helper
 from test_surgery_regressions import Net
 
 from etp_deploy.surgery.analysis import read
+from etp_deploy.surgery.plan import plan
 from etp_deploy.surgery.prepare import prepare
 
 FLOAT = onnx.TensorProto.FLOAT
@@ -183,6 +184,12 @@ def test_packed_heads(roles):
     sizes = list(shapes(after).values())
     assert (WIDTH, 3 * roles * 7) in sizes
     assert (3 * 7, WIDTH) in sizes
+
+
+def test_projections_in_front_of_an_attention_are_called_so():
+    """The report tells them from neurons."""
+    removal, _ = plan(prepare(ir.from_proto(case("projecting", Block(Widths())).model)).graph)
+    assert [layer.kind for layer in removal.layers] == ["projections"] * 3 + ["neurons"]
 
 
 # shared weights

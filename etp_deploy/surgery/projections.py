@@ -28,8 +28,8 @@ _MICROSOFT = "com.microsoft"
 # marks a node whose projections are written out, with what it held
 _OPENED = "etp_deploy.opened"
 _PARTS = ("query", "key", "value")
-# the operators' input numbers: Attention's mask and added bias come elsewhere than MultiHeadAttention's
-_MASK, _ADDED = (3, 5), (4, 5)
+# input numbers: both operators take an added bias at the same place, and a mask at places of their own
+_ATTENTION_MASK, _HEADS_MASK, _ADDED = 3, 4, 5
 
 
 def open_projections(graph: ir.Graph, named: Named) -> bool:
@@ -73,7 +73,7 @@ def _open_weight(graph: ir.Graph, node: ir.Node, split: Split) -> bool:
     node.metadata_props[_OPENED] = f"{weight.name}\n{bias.name if bias is not None else ''}"
     node.op_type = "MultiHeadAttention"
     node.attributes.pop("qkv_hidden_sizes", None)
-    _set_inputs(node, [*parts, None, _input(node, _MASK[0]), _input(node, _ADDED[1])])
+    _set_inputs(node, [*parts, None, _input(node, _ATTENTION_MASK), _input(node, _ADDED)])
     return True
 
 
@@ -155,7 +155,7 @@ def _close(
     node.op_type = "Attention"
     if len(set(widths)) > 1:
         node.attributes["qkv_hidden_sizes"] = ir.AttrInt64s("qkv_hidden_sizes", widths)
-    mask, added = (_input(node, index) for index in _ADDED)
+    mask, added = _input(node, _HEADS_MASK), _input(node, _ADDED)
     _set_inputs(node, [products[0][0], factor, joint, mask, None, added])
 
 
