@@ -70,7 +70,7 @@ class GraphUses:
         self._producers: dict[str, onnx.NodeProto] = {}
         self._constants: dict[str, onnx.TensorProto] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
-        for part in _with_subgraphs(graph):
+        for part in with_subgraphs(graph):
             self._index(part)
 
     def _index(self, graph: onnx.GraphProto) -> None:
@@ -211,7 +211,8 @@ def _integer_range(
     return "int", 0.0, 9.0
 
 
-def _with_subgraphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+def with_subgraphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """Yield a graph and the bodies in it, at any depth."""
     pending = [graph]
     while pending:
         part = pending.pop()

@@ -105,12 +105,14 @@ def draw_inputs(
     sizes = resolve_dims(specs, dims=dims, batch=batch)
     shapes = {spec.name: tuple(_size(dim, sizes) for dim in spec.shape) for spec in specs}
     longest = max((shape[1] for shape in shapes.values() if len(shape) > 1), default=SEQUENCE_SIZE)
-    return {
-        spec.name: _draw(
-            spec, shapes[spec.name], np.random.default_rng([seed, zlib.crc32(spec.name.encode())]), longest
-        )
-        for spec in specs
-    }
+    drawn = {}
+    for spec in specs:
+        shape, key = shapes[spec.name], zlib.crc32(spec.name.encode())
+        if spec.kind == "bool" and math.prod(shape) == 1:
+            drawn[spec.name] = _switch(shape, seed, key)
+        else:
+            drawn[spec.name] = _draw(spec, shape, np.random.default_rng([seed, key]), longest)
+    return drawn
 
 
 def resolve_dims(
@@ -260,6 +262,12 @@ def _draw(spec: InputSpec, shape: tuple[int, ...], rng: np.random.Generator, lon
     if spec.kind == "length":
         numbers.reshape(-1)[:1] = high  # what packed a batch expects its longest row to fill it
     return numbers.astype(spec.dtype)
+
+
+def _switch(shape: tuple[int, ...], seed: int, key: int) -> np.ndarray:
+    """A condition: two seeds that follow each other, the first even, try both ways."""
+    first = np.random.default_rng([seed // 2, key]).random() < 0.5
+    return np.full(shape, bool(first) ^ bool(seed % 2))
 
 
 def _right_padded(shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:

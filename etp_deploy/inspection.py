@@ -122,7 +122,7 @@ def explain(
 
     Args:
         source: the model.
-        tensor: the name of a tensor of its main graph.
+        tensor: the name of a tensor, in the main graph or in a body.
         axis: which axis; the first with channels by default.
         align: as for `compress`.
         zero_below: as for `compress`.
@@ -156,7 +156,7 @@ def explain(
 
 def _find(analysis: Analysis, tensor: str, source: Path | str) -> ir.Value:
     values = {
-        value.name: value for node in analysis.graph for value in (*node.inputs, *node.outputs) if value
+        value.name: value for node in analysis.statements for value in (*node.inputs, *node.outputs) if value
     }
     if tensor not in values:
         close = sorted(str(name) for name in values if tensor.lower() in str(name).lower())[:3]

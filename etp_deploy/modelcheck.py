@@ -19,10 +19,13 @@ import onnx
 from etp_deploy.errors import ModelError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 _EXTERNAL_HINT = "external data must lie in the model's own folder"
 _DAMAGED_HINT = "the file is damaged or was saved without its weights; fetch or export it again"
+# a network of a hundred thousand nodes is large; what unfolds into more than this is no network
+_MOST_NODES = 1_000_000
+_DEEPEST_CALL = 100
 _MAIN_DOMAINS = ("", "ai.onnx")
 # Of each data type: the bits of one element, and the typed field that may hold it instead of raw bytes, with
 # the elements that one entry of that field makes up. Text has no fixed size.
@@ -72,6 +75,7 @@ def check_proto(proto: onnx.ModelProto, path: Path) -> None:
         )
     if any(not node.op_type for node in proto.graph.node):
         raise ModelError("a node has no operator", where=str(path), hint=_DAMAGED_HINT)
+    _check_functions(proto, path)
     files: dict[str, int] = {}
     for graph in _graphs(proto):
         _check_names(graph, path)
@@ -210,16 +214,51 @@ def _external_size(location: str, name: str, path: Path) -> int:
     return status.st_size
 
 
-def _attributes(proto: onnx.ModelProto) -> Iterator[onnx.AttributeProto]:
-    """Yield the attributes of every node, those in subgraphs and functions included."""
-    pending = [proto.graph.node, *(function.node for function in proto.functions)]
+def _check_functions(proto: onnx.ModelProto, path: Path) -> None:
+    """Refuse local functions that call themselves, or that unfold into more nodes than can be worked with."""
+    functions = {(item.domain, item.name, item.overload): item for item in proto.functions}
+    sizes: dict[tuple[str, str, str], int] = {}
+
+    def size(nodes: Sequence[onnx.NodeProto], above: tuple[tuple[str, str, str], ...]) -> int:
+        total = 0
+        for node in _all_nodes(nodes):
+            key = (node.domain, node.op_type, node.overload)
+            if key not in functions:
+                total += 1
+                continue
+            if key in above or len(above) > _DEEPEST_CALL:
+                how = "calls itself" if key in above else f"lies below {_DEEPEST_CALL} others"
+                raise ModelError(f"a function {how}", where=f"{path}, function {node.op_type!r}")
+            if key not in sizes:
+                sizes[key] = size(functions[key].node, (*above, key))
+            total += sizes[key]
+        return total
+
+    if functions and size(proto.graph.node, ()) > _MOST_NODES:
+        raise ModelError(
+            f"its functions unfold into more than {_MOST_NODES} nodes",
+            where=str(path),
+            hint="functions that call each other multiply; inline or simplify them in the exporter",
+        )
+
+
+def _all_nodes(nodes: Sequence[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+    """Yield nodes and those in their bodies."""
+    pending = [nodes]
     while pending:
         for node in pending.pop():
+            yield node
             for attribute in node.attribute:
-                yield attribute
                 pending.extend(graph.node for graph in attribute.graphs)
                 if attribute.HasField("g"):
                     pending.append(attribute.g.node)
+
+
+def _attributes(proto: onnx.ModelProto) -> Iterator[onnx.AttributeProto]:
+    """Yield the attributes of every node, those in subgraphs and functions included."""
+    for nodes in (proto.graph.node, *(function.node for function in proto.functions)):
+        for node in _all_nodes(nodes):
+            yield from node.attribute
 
 
 def _graphs(proto: onnx.ModelProto) -> Iterator[onnx.GraphProto]:

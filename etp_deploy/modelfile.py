@@ -22,11 +22,15 @@ import onnx_ir as ir
 from etp_deploy.errors import ModelError, OutputError
 from etp_deploy.files import check_output, whole_file
 from etp_deploy.modelcheck import check_proto
+from etp_deploy.modelstrip import strip
+from etp_deploy.tensors import elsewhere, in_memory, stream
 from etp_deploy.worker import first_line, isolated
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
+# A model whose weights lay outside keeps them there if there are this many bytes of them: they are never all in memory.
+STREAMED_FROM_BYTES = 256 << 20
 # Protobuf refuses messages of 2 GiB; the graph itself needs some of it.
 INLINE_LIMIT_BYTES = 1_900_000_000
 # Tensors that shape inference looks into (shapes, axes, scales) stay inside the model.
@@ -46,10 +50,6 @@ _MAGIC = (
     (b"{", "a text file", _ONNX_HINT),
     (b"<", "a text file", _ONNX_HINT),
 )
-
-# What exporters and optimizers write about themselves into nodes and values.
-_BOOKKEEPING = ("pkg.torch", "pkg.onnxscript", "pkg.onnx_ir", "namespace", "onnxsim")
-_ABSOLUTE_PATH = re.compile(r"(?<![\w.:/\\])(?:/(?:[\w.+@-]+/)+|[A-Za-z]:[\\/]|\\\\\w+\\)[\w.+@-]+")
 
 
 def read_model(path: Path | str) -> ir.Model:
@@ -104,13 +104,10 @@ def write_model(
         ModelError: when a tensor's data cannot be read.
     """
     path = Path(path)
-    sources = tuple(Path(source) for source in inputs)
-    sources_data = {file for source in sources for file in _data_files(source)}
-    check_output(path, inputs=(*sources, *sources_data))
+    superseded = _superseded(path, inputs)
     copy = _converted(ir.Model.clone, model, path)
     copy.metadata_props.update(metadata or {})
     _inline_attributes(copy)
-    superseded = _own_data_files(path)
     written: Path | None = None
     try:
         if external_data or _tensor_bytes(copy) > INLINE_LIMIT_BYTES:
@@ -126,8 +123,53 @@ def write_model(
         if written is not None:
             written.unlink(missing_ok=True)
         raise
-    for old in superseded - sources_data:
+    for old in superseded:
         old.unlink(missing_ok=True)
+
+
+def move_model(source: Path, path: Path | str, *, inputs: Sequence[Path | str] = ()) -> None:
+    """Rename a model that `write_model` wrote, with its data, to another place on the same file system.
+
+    Args:
+        source: the model file; gone afterwards.
+        path: the .onnx file to make of it, whole or not at all, as `write_model` does.
+        inputs: model files that must not be overwritten.
+
+    Raises:
+        OutputError: when the destination cannot be written or is one of the inputs.
+    """
+    path = Path(path)
+    superseded = _superseded(path, inputs)
+    data = _data_files(source)
+    assert len(data) <= 1, "write_model writes one data file"
+    moved = _free_name(path) if data else None
+    try:
+        with whole_file(path) as temporary:
+            for file in data:
+                assert moved is not None
+                model = read_model(source)
+                for value, tensor in _initializers(model).items():
+                    if isinstance(tensor, ir.ExternalTensor):
+                        value.const_value = elsewhere(tensor, moved)
+                file.replace(moved)
+                temporary.write_bytes(_serialized(ir.to_proto(model), path))
+            if not data:
+                source.replace(temporary)
+    except BaseException:
+        if moved is not None:
+            moved.unlink(missing_ok=True)
+        raise
+    source.unlink(missing_ok=True)
+    for old in superseded:
+        old.unlink(missing_ok=True)
+
+
+def _superseded(path: Path, inputs: Sequence[Path | str]) -> set[Path]:
+    """Return the data files that a new model at `path` makes useless, once it is known not to hit an input."""
+    sources = tuple(Path(source) for source in inputs)
+    sources_data = {file for source in sources for file in _data_files(source)}
+    check_output(path, inputs=(*sources, *sources_data))
+    return _own_data_files(path) - sources_data
 
 
 def check_model(path: Path | str, *, full: bool = False, timeout_s: float = 120.0) -> None:
@@ -142,56 +184,6 @@ def check_model(path: Path | str, *, full: bool = False, timeout_s: float = 120.
         ModelError: when the checker refuses the model, crashes or does not finish.
     """
     isolated("etp_deploy.modelfile:_run_checker", str(path), full=full, timeout_s=timeout_s)
-
-
-def strip(proto: onnx.ModelProto) -> None:
-    """Remove, in place, what exporters and optimizers wrote about themselves and the author's machine.
-
-    Of nodes, values, tensors and graphs: their bookkeeping entries and any text with an absolute path. Of the
-    model: bookkeeping entries, and a description with an absolute path.
-    """
-    if _ABSOLUTE_PATH.search(proto.doc_string):
-        proto.ClearField("doc_string")
-    _strip_entries(proto, paths=False)
-    for message in _messages(proto):
-        if _ABSOLUTE_PATH.search(getattr(message, "doc_string", "")):
-            message.ClearField("doc_string")
-        if hasattr(message, "metadata_props"):
-            _strip_entries(message, paths=True)
-
-
-def _strip_entries(message: Any, *, paths: bool) -> None:
-    kept = [
-        entry
-        for entry in message.metadata_props
-        if not entry.key.startswith(_BOOKKEEPING) and not (paths and _ABSOLUTE_PATH.search(entry.value))
-    ]
-    if len(kept) != len(message.metadata_props):
-        # Copied before the field is cleared: clearing invalidates its entries.
-        pairs = [(entry.key, entry.value) for entry in kept]
-        message.ClearField("metadata_props")
-        for key, value in pairs:
-            message.metadata_props.add(key=key, value=value)
-
-
-def _messages(proto: onnx.ModelProto) -> Iterator[Any]:
-    """Yield every graph, function, node, value, attribute and tensor in a model."""
-    pending: list[Any] = [proto.graph, *proto.functions]
-    while pending:
-        scope = pending.pop()
-        yield scope
-        if isinstance(scope, onnx.GraphProto):
-            yield from itertools.chain(scope.input, scope.output, scope.initializer)
-        yield from scope.value_info
-        for node in scope.node:
-            yield node
-            for attribute in node.attribute:
-                yield attribute
-                pending.extend(attribute.graphs)
-                if attribute.HasField("g"):
-                    pending.append(attribute.g)
-                if attribute.HasField("t"):
-                    yield attribute.t
 
 
 def _read_bytes(path: Path) -> bytes:
@@ -269,6 +261,11 @@ def _external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:
                 yield attribute.value
 
 
+def keeps_weights_outside(model: ir.Model) -> bool:
+    """Return whether a model has so much external data that what is made of it should have some too."""
+    return sum(tensor.nbytes for tensor in _external_tensors(model)) >= STREAMED_FROM_BYTES
+
+
 def _tensor_bytes(model: ir.Model) -> int:
     """Return the bytes that all initializers take, each counted once."""
     tensors = {id(tensor): tensor for tensor in _initializers(model).values()}
@@ -283,7 +280,7 @@ def _initializers(model: ir.Model) -> dict[ir.Value, ir.TensorProtocol]:
 def _inline_initializers(model: ir.Model) -> None:
     for value, tensor in _initializers(model).items():
         if isinstance(tensor, ir.ExternalTensor):
-            value.const_value = _in_memory(tensor)
+            value.const_value = in_memory(tensor)
 
 
 def _inline_attributes(model: ir.Model) -> None:
@@ -294,16 +291,7 @@ def _inline_attributes(model: ir.Model) -> None:
                 if attribute.type == ir.AttributeType.TENSOR and isinstance(
                     attribute.value, ir.ExternalTensor
                 ):
-                    node.attributes[name] = ir.AttrTensor(name, _in_memory(attribute.value))
-
-
-def _in_memory(tensor: ir.ExternalTensor) -> ir.TensorProtocol:
-    try:
-        return ir.Tensor(tensor.numpy(), dtype=tensor.dtype, shape=tensor.shape, name=tensor.name)
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"external data cannot be read: {first_line(error)}", where=str(tensor.path)
-        ) from error
+                    node.attributes[name] = ir.AttrTensor(name, in_memory(attribute.value))
 
 
 def _write_tensors(model: ir.Model, destination: Path) -> None:
@@ -313,10 +301,10 @@ def _write_tensors(model: ir.Model, destination: Path) -> None:
         for value, tensor in _initializers(model).items():
             if tensor.dtype == ir.DataType.STRING or tensor.nbytes < _EXTERNAL_FROM_BYTES:
                 if isinstance(tensor, ir.ExternalTensor):
-                    value.const_value = _in_memory(tensor)
+                    value.const_value = in_memory(tensor)
                 continue
             offset += file.write(b"\0" * (-offset % _ALIGN_BYTES))
-            written = file.write(_tensor_data(tensor))
+            written = stream(tensor, file)
             value.const_value = ir.ExternalTensor(
                 destination.name,
                 offset,
@@ -327,19 +315,6 @@ def _write_tensors(model: ir.Model, destination: Path) -> None:
                 base_dir=destination.parent,
             )
             offset += written
-
-
-def _tensor_data(tensor: ir.TensorProtocol) -> bytes:
-    if isinstance(tensor, ir.ExternalTensor):
-        # A mapping of its own, closed with it: the caller's tensor would keep every page it touched.
-        tensor = ir.ExternalTensor(
-            tensor.location, tensor.offset, tensor.length, tensor.dtype,
-            shape=tensor.shape, name=tensor.name, base_dir=tensor.base_dir,
-        )  # fmt: skip
-    try:
-        return tensor.tobytes()
-    except (OSError, ValueError) as error:
-        raise ModelError(f"a tensor cannot be read: {first_line(error)}", where=tensor.name or "") from error
 
 
 def _serialized(proto: onnx.ModelProto, path: Path) -> bytes:

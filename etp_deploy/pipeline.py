@@ -5,15 +5,15 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from etp_deploy import __version__
 from etp_deploy.errors import UsageError, VerificationError
 from etp_deploy.files import check_output
-from etp_deploy.modelfile import read_model, write_model
-from etp_deploy.simplify import simplified
+from etp_deploy.modelfile import keeps_weights_outside, move_model, read_model, write_model
+from etp_deploy.simplify import Simplifier
 from etp_deploy.sizes import ModelSizes, model_sizes
 from etp_deploy.surgery.plan import Layer, plan
 from etp_deploy.surgery.policy import alignment_fill
@@ -136,31 +136,36 @@ def compress(
     with job.stage("read"):
         original = read_model(source)
         check_output(destination, inputs=(source,))
-    with tempfile.TemporaryDirectory(dir=destination.parent, prefix=f".{destination.name}.") as folder:
+    with ExitStack() as stack:
+        simplifier = stack.enter_context(Simplifier()) if simplify else None
+        folder = stack.enter_context(
+            tempfile.TemporaryDirectory(dir=destination.parent, prefix=f".{destination.name}.")
+        )
         candidate, reference = Path(folder) / "candidate.onnx", source
         with job.stage("threshold"):
             nearly = newly_dead(original, HINT_THRESHOLD)
             model = with_zeros(original, zero_below) if zero_below else original
             if zero_below and verify:
                 reference = Path(folder) / "reference.onnx"
-                write_model(model, reference)
+                write_model(model, reference, external_data=keeps_weights_outside(original))
         with job.stage("prepare"):
             prepared = prepare(model)
             before = model_sizes(original, source, prepared.graph)
         result, rows = _shrink(prepared, model, job, fill)
         metadata = {"etp_deploy.version": __version__, "etp_deploy.removed": _in_words(_removed(rows))}
         with job.stage("write"):
-            write_model(result, candidate, metadata=metadata)
+            outside = keeps_weights_outside(original)
+            write_model(result, candidate, metadata=metadata, external_data=outside)
         kept_simpler = False
-        if simplify:
+        if simplifier is not None:
             with job.stage("simplify"):
-                kept_simpler = simplified(candidate)
+                kept_simpler = simplifier.simplified(candidate)
         verification = None
         if verify:
             with job.stage("verify"):
                 verification = _verified(reference, candidate, source)
         with job.stage("write"):
-            write_model(read_model(candidate), destination, inputs=(source,))
+            move_model(candidate, destination, inputs=(source,))
     written = read_model(destination)
     return CompressionReport(
         source=str(source),

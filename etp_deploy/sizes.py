@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from etp_deploy.surgery.prepare import prepare
+from etp_deploy.surgery.statements.body import bodies
+from etp_deploy.surgery.stored import is_weight_type
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -17,16 +19,33 @@ if TYPE_CHECKING:
 # sizes that dynamic dimensions are given for counting: one sample, sixteen of anything else
 BATCH, OTHER = 1, 16
 
+# what each operator multiplies as, and where its weight is
+_CONTRACTIONS = {
+    "Conv": ("Conv", 1),
+    "ConvTranspose": ("ConvTranspose", 1),
+    "ConvInteger": ("Conv", 1),
+    "QLinearConv": ("Conv", 3),
+    "Gemm": ("Gemm", 1),
+    "QGemm": ("Gemm", 3),
+    "QLinearMatMul": ("MatMul", 3),
+    **dict.fromkeys(("FusedMatMul", "TransposeMatMul"), ("Gemm", 1)),
+    **dict.fromkeys(
+        ("MatMul", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul"), ("MatMul", 1)
+    ),
+    "MatMulNBits": ("packed", 1),
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelSizes:
     """Sizes of a model.
 
     Attributes:
-        parameters: elements of all floating-point constants (initializers and Constant nodes), in all graphs.
+        parameters: elements of all constants of a type that weights have (floating point, integers of at most 16 bits),
+            initializers and Constant nodes, in all graphs.
         bytes: of the file, with its external data.
-        macs: multiply-accumulates of convolutions and matrix products for one sample, dynamic sizes at 16;
-            None where a shape is not known.
+        macs: multiply-accumulates of convolutions and matrix products for one sample, dynamic sizes at 16, those
+            in bodies included (see `count_macs`); None where a shape is not known.
         nodes: in all graphs, Constant nodes left out.
     """
 
@@ -51,15 +70,24 @@ def elements(value: ir.Value) -> int:
     return 0 if value.const_value is None else int(value.const_value.size)
 
 
+def constants(model: ir.Model) -> Iterable[int]:
+    """Yield the size of each constant of a model, of any type, in all graphs."""
+    return (int(tensor.size) for tensor in _constants(model))
+
+
 def _weights(model: ir.Model) -> Iterable[ir.TensorProtocol]:
+    return (tensor for tensor in _constants(model) if is_weight_type(tensor.dtype))
+
+
+def _constants(model: ir.Model) -> Iterable[ir.TensorProtocol]:
     for graph in model.graphs():
-        constants = [value.const_value for value in graph.initializers.values()]
-        constants += [
+        tensors = [value.const_value for value in graph.initializers.values()]
+        tensors += [
             node.attributes["value"].as_tensor()
             for node in graph
             if node.op_type == "Constant" and "value" in node.attributes
         ]
-        yield from (tensor for tensor in constants if tensor is not None and tensor.dtype.is_floating_point())
+        yield from (tensor for tensor in tensors if tensor is not None)
 
 
 def file_bytes(model: ir.Model, path: Path) -> int:
@@ -74,20 +102,23 @@ def file_bytes(model: ir.Model, path: Path) -> int:
 
 
 def count_macs(model: ir.Model) -> int | None:
-    """Return the multiply-accumulates of a model's main graph for one sample, None where a shape is not known."""
+    """Return the multiply-accumulates of a model for one sample, None where a shape is not known.
+
+    Of an If the larger branch counts, of a Scan its body once for each step; of a Loop likewise, or once where the
+    number of rounds is not known before the model runs.
+    """
     return graph_macs(prepare(model).graph)
 
 
 def graph_macs(graph: ir.Graph) -> int | None:
     """As `count_macs`, of a graph whose shapes are inferred."""
-    bindings = counting_sizes(graph)
-    total = 0
-    for node in graph:
-        count = node_macs(node, bindings)
-        if count is None:
-            return None
-        total += count
-    return total
+    return _graph_macs(graph, counting_sizes(graph))
+
+
+def _graph_macs(graph: ir.Graph, bindings: Mapping[str, int]) -> int | None:
+    counts = [node_macs(node, bindings) for node in graph]
+    known = [count for count in counts if count is not None]
+    return sum(known) if len(known) == len(counts) else None
 
 
 def counting_sizes(graph: ir.Graph) -> dict[str, int]:
@@ -102,21 +133,47 @@ def counting_sizes(graph: ir.Graph) -> dict[str, int]:
 
 def node_macs(node: ir.Node, bindings: Mapping[str, int]) -> int | None:
     """Return a node's multiply-accumulates: 0 for what is no contraction, None where a shape is not known."""
-    if node.op_type not in {"Conv", "ConvTranspose", "MatMul", "Gemm"}:
-        return 0
+    if held := bodies(node):
+        return _body_macs(node, held, bindings)
+    kind, weight = _CONTRACTIONS.get(node.op_type, ("", 0))
+    return _contraction_macs(node, kind, weight, bindings) if kind else 0
+
+
+def _contraction_macs(node: ir.Node, kind: str, weight: int, bindings: Mapping[str, int]) -> int | None:
     first, second, out = (
-        concrete(value, bindings) for value in (node.inputs[0], node.inputs[1], node.outputs[0])
+        concrete(value, bindings) for value in (node.inputs[0], node.inputs[weight], node.outputs[0])
     )
     if first is None or second is None or out is None:
         return None
-    if node.op_type == "Conv":
+    if kind == "Conv":
         return math.prod(out) * math.prod(second[1:])
-    if node.op_type == "ConvTranspose":
+    if kind == "ConvTranspose":
         return math.prod(first) * math.prod(second[1:])
-    inner = (
-        second[1] if node.op_type == "Gemm" and node.attributes.get_int("transB", 0) != 0 else second[-2:][0]
-    )
+    if kind == "packed":
+        return math.prod(out) * first[-1]
+    inner = second[-1] if kind == "Gemm" and node.attributes.get_int("transB", 0) != 0 else second[-2:][0]
     return math.prod(out) * inner
+
+
+def _body_macs(node: ir.Node, held: list[ir.Graph], bindings: Mapping[str, int]) -> int | None:
+    counts = [_graph_macs(body, bindings) for body in held]
+    known = [count for count in counts if count is not None]
+    times = _times(node, bindings)
+    return max(known) * times if len(known) == len(counts) and times is not None else None
+
+
+def _times(node: ir.Node, bindings: Mapping[str, int]) -> int | None:
+    """Return how often a node runs its body."""
+    if node.op_type == "Loop":
+        limit = ir.convenience.get_const_tensor(node.inputs[0]) if node.inputs[0] is not None else None
+        return 1 if limit is None else max(int(limit.numpy().reshape(-1)[0]), 0)
+    if node.op_type != "Scan":
+        return 1
+    axes = node.attributes.get_ints("scan_input_axes") or [0]
+    sequence = concrete(
+        node.inputs[len(node.inputs) - node.attributes.get_int("num_scan_inputs", 1)], bindings
+    )
+    return None if sequence is None else sequence[axes[0]]
 
 
 def concrete(value: ir.Value | None, bindings: Mapping[str, int]) -> list[int] | None:

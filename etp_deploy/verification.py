@@ -15,6 +15,7 @@ import onnx
 
 from etp_deploy.comparing import ATOL, RTOL, Difference, difference, format_rtol
 from etp_deploy.errors import ModelError, UsageError
+from etp_deploy.input_ranges import with_subgraphs
 from etp_deploy.inputs import draw_inputs, dynamic_dims, input_specs, resolve_dims
 from etp_deploy.sessions import open_session, provider_name, run_session
 from etp_deploy.worker import isolated
@@ -222,11 +223,12 @@ def _model_rtol(path: Path | str) -> float:
 
     Weights that are only stored narrow (all their readers are Cast) do not count.
     """
-    graph = onnx.load(path, load_external_data=False).graph
-    computing = {name for node in graph.node if node.op_type != "Cast" for name in node.input}
-    types = [tensor.data_type for tensor in graph.initializer if tensor.name in computing]
-    types += [value.type.tensor_type.elem_type for value in graph.input if value.name in computing]
-    types += [a.i for node in graph.node if node.op_type == "Cast" for a in node.attribute if a.name == "to"]
+    graphs = list(with_subgraphs(onnx.load(path, load_external_data=False).graph))
+    nodes = [node for graph in graphs for node in graph.node]
+    computing = {name for node in nodes if node.op_type != "Cast" for name in node.input}
+    types = [tensor.data_type for graph in graphs for tensor in graph.initializer if tensor.name in computing]
+    types += [v.type.tensor_type.elem_type for graph in graphs for v in graph.input if v.name in computing]
+    types += [a.i for node in nodes if node.op_type == "Cast" for a in node.attribute if a.name == "to"]
     narrow = {onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}
     return max(
         (format_rtol(onnx.helper.tensor_dtype_to_np_dtype(t)) for t in types if t in narrow), default=0.0

@@ -16,9 +16,12 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 from etp_deploy.errors import EtpError, ModelError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 DEFAULT_TIMEOUT_S = 600.0
 
@@ -45,44 +48,79 @@ def isolated(
         EtpError: the very error that the function raised, kind, message, place and hint unchanged.
         ModelError: when the child crashed, ran past a limit, or raised anything else.
     """
-    with tempfile.TemporaryDirectory(prefix="etp-deploy-") as folder:
-        request, response, log = (Path(folder, name) for name in ("request", "response", "log"))
-        request.write_bytes(pickle.dumps((target, args, kwargs, memory_bytes, cpu_s)))
-        status = _run(request, response, log, timeout_s=timeout_s)
-        name = target.rpartition(":")[2].lstrip("_")
-        if status is None:
-            raise ModelError(
-                f"the native pass {name} did not finish within {timeout_s:g} s",
-                hint="the model may hold an endless loop or be too large",
-            )
-        if status == 0 and response.exists():
-            return _answer(name, pickle.loads(response.read_bytes()))  # noqa: S301 - our own child's answer
-        raise ModelError(f"the native pass {name} {_death(status)}", hint=_last_line(log))
+    with Waiting(target) as child:
+        limits = {"timeout_s": timeout_s, "memory_bytes": memory_bytes, "cpu_s": cpu_s}
+        return child.call(*args, limits=limits, **kwargs)
 
 
-def _run(request: Path, response: Path, log: Path, *, timeout_s: float) -> int | None:
-    """Run the child to its end; None when it had to be killed for its time."""
-    # Safe path (-P) keeps modules lying in the current folder out; the parent's path is what it imports from.
-    path = os.pathsep.join(str(Path(entry).resolve()) if entry else str(Path.cwd()) for entry in sys.path)
-    with log.open("wb") as sink:
-        child = subprocess.Popen(  # noqa: S603 - our own interpreter, no shell
-            [sys.executable, "-P", "-m", "etp_deploy.worker", str(request), str(response), str(os.getpid())],
-            stdin=subprocess.DEVNULL,
-            stdout=sink,
-            stderr=sink,
-            env={**os.environ, "PYTHONPATH": path},
-            start_new_session=True,
+class Waiting:
+    """A child process that waits for its one call, with what the call needs imported in the meantime.
+
+    Args:
+        target: what it will call, as "package.module:function".
+        preload: modules to import while it waits; one that cannot be imported is left to the call.
+    """
+
+    def __init__(self, target: str, *, preload: tuple[str, ...] = ()) -> None:
+        self._target = target
+        self._folder = tempfile.TemporaryDirectory(prefix="etp-deploy-")
+        self._request, self._response, self._log = (
+            Path(self._folder.name, name) for name in ("request", "response", "log")
         )
-    try:
-        return child.wait(timeout_s)
-    except subprocess.TimeoutExpired:
-        return None
-    finally:
+        # Safe path (-P) keeps modules lying in the current folder out; the parent's path is what it imports from.
+        path = os.pathsep.join(str(Path(entry).resolve()) if entry else str(Path.cwd()) for entry in sys.path)
+        places = [str(self._request), str(self._response), str(os.getpid())]
+        with self._log.open("wb") as sink:
+            self._child = subprocess.Popen(  # noqa: S603 - our own interpreter, no shell
+                [sys.executable, "-P", "-m", "etp_deploy.worker", *places, *preload],
+                stdin=subprocess.PIPE,
+                stdout=sink,
+                stderr=sink,
+                env={**os.environ, "PYTHONPATH": path},
+                start_new_session=True,
+            )
+
+    def __enter__(self) -> Self:
+        """Return the waiting child."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End the child, whatever it is doing, and all that it started."""
         # Also reached on Ctrl-C: the child left our session, so nobody else would end it. While it has not
         # been waited for its group still exists and its number cannot belong to someone else.
-        if child.returncode is None:
-            _kill_group(child)
-        child.wait()
+        if self._child.returncode is None:
+            _kill_group(self._child)
+        self._child.wait()
+        assert self._child.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._child.stdin.close()
+        self._folder.cleanup()
+
+    def call(self, *args: Any, limits: Mapping[str, Any], **kwargs: Any) -> Any:
+        """Make the call, once; see `isolated` for what it raises.
+
+        Args:
+            args: positional arguments.
+            limits: `timeout_s`, and if wanted `memory_bytes` and `cpu_s`.
+            kwargs: keyword arguments.
+        """
+        request = (self._target, args, kwargs, limits.get("memory_bytes"), limits.get("cpu_s"))
+        self._request.write_bytes(pickle.dumps(request))
+        assert self._child.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # a child that died says so by its exit status
+            self._child.stdin.write(b"go\n")
+            self._child.stdin.flush()
+        name = self._target.rpartition(":")[2].lstrip("_")
+        try:
+            status = self._child.wait(limits["timeout_s"])
+        except subprocess.TimeoutExpired as error:
+            raise ModelError(
+                f"the native pass {name} did not finish within {limits['timeout_s']:g} s",
+                hint="the model may hold an endless loop or be too large",
+            ) from error
+        if status == 0 and self._response.exists():
+            return _answer(name, pickle.loads(self._response.read_bytes()))  # noqa: S301 - our own child's answer
+        raise ModelError(f"the native pass {name} {_death(status)}", hint=_last_line(self._log))
 
 
 def _kill_group(child: subprocess.Popen[bytes]) -> None:
@@ -127,8 +165,13 @@ def _last_line(log: Path) -> str:
     return f"its last words: {said[-1][:200]}" if said else ""
 
 
-def _main(request: Path, response: Path, parent: int) -> None:
-    """Answer one request; what the child process runs."""
+def _main(request: Path, response: Path, parent: int, preload: list[str]) -> None:
+    """Import what is named, wait for a line, answer one request; what the child process runs."""
+    for module in preload:
+        with contextlib.suppress(Exception):  # the call itself will say what is wrong
+            importlib.import_module(module)
+    if not sys.stdin.readline():
+        return
     target, args, kwargs, memory_bytes, cpu_s = pickle.loads(request.read_bytes())  # noqa: S301 - our parent's
     _limit(memory_bytes, cpu_s)
     _die_with(parent)
@@ -186,4 +229,4 @@ def _die_with(parent: int) -> None:
 
 
 if __name__ == "__main__":
-    _main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))
+    _main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])

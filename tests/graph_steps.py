@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from graphs import Builder, Case, Chooser, DrawnChooser, opsets, runs
+from graphs import Builder, Case, Chooser, DrawnChooser, opsets, read_by, runs
 from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 
@@ -805,7 +805,7 @@ def _input(b: Builder, name: str, array: np.ndarray) -> None:
 
 def _finished(b: Builder) -> Case:
     """Choose the outputs: what nothing reads, and now and then something in the middle."""
-    read = {name for node in b.nodes for name in node.input}
+    read = set().union(*(read_by(node) for node in b.nodes))
     made = [name for node in b.nodes for name in node.output if name]
     ends = [name for name in made if name not in read and b.values[name].dtype == np.float32]
     if len(ends) > 2 and b.choose.chance(0.5):
@@ -814,7 +814,7 @@ def _finished(b: Builder) -> Case:
         ends.append(b.choose.one_of(made))
     ends = [_read(b, name) for name in dict.fromkeys(ends)]
     outputs = list(dict.fromkeys(ends)) or [b.emit("Identity", ["x"]) or "x"]
-    used = {name for node in b.nodes for name in node.input}
+    used = set().union(*(read_by(node) for node in b.nodes))
     graph = helper.make_graph(
         b.nodes,
         "random",

@@ -9,16 +9,26 @@ from pathlib import Path
 import pytest
 
 import etp_deploy
-from etp_deploy.surgery.rules import covered, registry
+from etp_deploy.surgery.rules import covered, examples_of, registry
 
 PACKAGE = Path(etp_deploy.__file__).parent
 TORCH = ("training", "demo", "exporting.py", "factories.py", "tracing.py")
 # stages in the order in which data flows; a file may import from its own stage and those before it
 STAGES = (
     ("errors", "files", "worker", "html", "plots", "runtime", "_version"),
-    ("modelcheck", "modelfile", "inputs", "input_ranges", "input_files", "comparing", "sessions"),
+    (
+        "modelcheck",
+        "modelstrip",
+        "tensors",
+        "modelfile",
+        "inputs",
+        "input_ranges",
+        "input_files",
+        "comparing",
+        "sessions",
+    ),
     ("surgery",),
-    ("sizes", "simplify", "verification", "inspection"),
+    ("sizes", "onnxsim_child", "simplify", "verification", "inspection"),
     ("pipeline", "bundling", "exporting", "factories", "tracing", "training", "bench"),
     ("reports",),
     ("demo", "cli"),
@@ -81,3 +91,8 @@ def test_a_rule_begins_with_its_equation(operator):
     """The first line of a rule's docstring is the equation that it implements."""
     first = (inspect.getdoc(registry._RULES[operator]) or "").splitlines()[0]
     assert "=" in first
+
+
+def test_every_operator_has_an_example():
+    """Each operator that a rule covers has a node that shows it, on which the properties are checked."""
+    assert [operator for operator in covered() if not examples_of(*operator)] == []

@@ -401,7 +401,7 @@ def test_unread_channels_do_not_matter():
 def test_without_folding_the_outputs_differ(monkeypatch):
     """The constants of removed channels matter: without them the result is wrong."""
     case = chain(3, 8, 8, 5, dead=(0, 3, 4), pads=0)
-    monkeypatch.setattr(Contraction, "_sums", lambda self, value: np.zeros(self.nonzero.shape[:2]))  # noqa: ARG005
+    monkeypatch.setattr(Contraction, "_sums", lambda self, value: np.zeros(self.reads.shape[:2]))  # noqa: ARG005
     text = failure(case, floor=False)
     assert text is not None
     assert text.startswith("wrong")
@@ -462,20 +462,22 @@ def test_a_layer_normalization_pins_its_axis(tmp_path):
     assert "mean and variance" in explained(case, tmp_path, "a")
 
 
-def test_what_a_body_captures_stays(tmp_path):
-    """A tensor that a branch reads keeps its shape, and the explanation names the operator."""
+def test_what_a_body_sums_along_stays(tmp_path):
+    """A tensor that a branch reads as a whole keeps its channels, and the explanation names the operator."""
     net = Net(x=(2, 3, 6, 6))
     net.node("Conv", ["x", net.rand(8, 3, 1, 1, dead=(0, 5))], "a")
     info = helper.make_tensor_value_info("inner", onnx.TensorProto.FLOAT, [None] * 4)
+    axis = helper.make_node("Constant", [], ["axis"], value_int=1)
     branches = {
-        key: helper.make_graph([helper.make_node(operator, ["a"], ["inner"])], key, [], [info])
-        for key, operator in (("then_branch", "Relu"), ("else_branch", "Neg"))
+        "then_branch": [axis, helper.make_node("CumSum", ["a", "axis"], ["inner"])],
+        "else_branch": [helper.make_node("Neg", ["a"], ["inner"])],
     }
-    net.node("If", [np.array(True)], "b", **branches)
+    graphs = {key: helper.make_graph(nodes, key, [], [info]) for key, nodes in branches.items()}
+    net.node("If", [np.array(True)], "b", **graphs)
     net.node("Conv", ["b", net.rand(4, 8, 1, 1)], "c")
     case = net.case("c")
     assert shrunk(case.model) is case.model
-    assert "If" in explained(case, tmp_path, "a")
+    assert "CumSum" in explained(case, tmp_path, "a")
 
 
 def test_a_tensor_that_is_not_there_is_an_error_of_ours(tmp_path):

@@ -40,7 +40,7 @@ CORE = {
     ("dynamo", "all"): (3,),
 }
 OTHERS = {("torchscript", "static"): (3, 4), ("torchscript", "batch"): (2, 6), ("torchscript", "all"): (3,)}
-DYNAMO_ONLY = {("dynamo", "all"): (6,)}
+DYNAMO_ONLY = {("dynamo", "all"): (6,), ("dynamo23", "static"): (4,)}
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,8 @@ def analyse(path: Path) -> dict[str, Any]:
     after, weights_after = before, weights
     if removal.edits:
         rewrite(prepared, removal.edits)
-        after, weights_after = _work(prepare(prepared).graph), _weights(prepared.graph)
+        again = prepare(prepared).graph
+        after, weights_after = _work(again), _weights(again)
     nodes = {tensor: _gone(count, after.get(tensor)) for tensor, count in before.items()}
     known = all(count is not None for count, _ in (*before.values(), *after.values()))
     total, left = (sum(count or 0 for count, _ in side.values()) for side in (before, after))
@@ -187,11 +188,12 @@ def _gone(before: tuple[int | None, int | None], after: tuple[int | None, int | 
 
 def _weights(graph: ir.Graph) -> int:
     from etp_deploy.sizes import elements  # noqa: PLC0415 - only for the worker
+    from etp_deploy.surgery.stored import is_weight_type  # noqa: PLC0415
 
     return sum(
         elements(value)
         for value in graph.initializers.values()
-        if value.dtype is not None and value.dtype.is_floating_point() and value.uses()
+        if is_weight_type(value.dtype) and value.uses()
     )
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def absorb_padding(graph: ir.Graph) -> bool:
     """Move Pads by zeros into the convolutions that read them, as ONNX Runtime does itself; say if any was."""
     absorbed = False
-    for node in list(graph):
+    for node in list(graph.all_nodes()):
         padding = _spatial_zeros(node)
         users = [user for user, _ in node.outputs[0].uses()]
         if padding is None or not users or node.outputs[0].is_graph_output():
@@ -52,7 +52,7 @@ _STATES = {"LSTM": (5, 6), "GRU": (5,), "RNN": (5,)}
 def omit_zero_states(graph: ir.Graph) -> bool:
     """Leave out initial states that are computed as zeros, which is what an omitted one is; say if any was."""
     omitted = False
-    for node in graph:
+    for node in graph.all_nodes():
         for index in _STATES.get(node.op_type, ()):
             value = node.inputs[index] if index < len(node.inputs) else None
             if value is not None and not is_parameter(value) and _is_zero(value):

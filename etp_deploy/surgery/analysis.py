@@ -14,9 +14,10 @@ import numpy as np
 
 from etp_deploy.errors import PlanError
 from etp_deploy.surgery.carriers import keep_carriers
-from etp_deploy.surgery.rules import statement
-from etp_deploy.surgery.state import Cause, ConflictError, State
+from etp_deploy.surgery.rules import statement, unknown
+from etp_deploy.surgery.state import Cause, ConflictError, State, coordinates
 from etp_deploy.surgery.statements.base import default_layout
+from etp_deploy.surgery.statements.body import bodies
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -29,42 +30,92 @@ if TYPE_CHECKING:
 
 # in how many rounds, at least, tensors that lost everything are given something back
 ROUNDS = 100
+# how often, in all, bodies are read again because an assumption about a state does not hold; nested loops
+# could multiply without a bound
+REPEATS = 1000
 
 
 @dataclass(frozen=True)
 class Analysis:
-    """A prepared graph with all that is known of it."""
+    """A prepared graph with all that is known of it.
+
+    Attributes:
+        graph: the main graph.
+        statements: of the nodes of all graphs, in the order in which data flows: bodies before the nodes that
+            hold them.
+        boundaries: for each input and output of a body, the statements of the nodes that hold it.
+        state: what is known of each tensor.
+    """
 
     graph: ir.Graph
     statements: dict[ir.Node, Statement]
+    boundaries: dict[ir.Value, list[ir.Node]]
     state: State
+
+    def related(self, value: ir.Value) -> Iterator[Statement]:
+        """Yield what is said of a tensor: by the node that makes it, by those that read it, at a boundary."""
+        producer = value.producer()
+        nodes = [] if producer is None else [producer]
+        for node in (*nodes, *(user for user, _ in value.uses()), *self.boundaries.get(value, ())):
+            if node in self.statements:
+                yield self.statements[node]
 
 
 def read(graph: ir.Graph) -> Analysis:
-    """Walk a prepared graph forward: statements, structures, constants, pins."""
-    state = State()
-    statements: dict[ir.Node, Statement] = {}
-    for node in graph:
-        says = statements[node] = statement(node)
-        says.structure(state)
-        says.constants(state)
-        for captured in _captured(node):
-            state.pin(captured, None, f"the body of {node.op_type} reads it", node)
+    """Walk a prepared graph forward, its bodies included: statements, structures, constants, pins."""
+    analysis = Analysis(graph, {}, {}, State())
+    _Reader(analysis).walk(graph)
     for value in graph.outputs:
-        state.pin(value, None, "an output of the model")
-    return Analysis(graph, statements, state)
+        analysis.state.pin(value, None, "an output of the model")
+    return analysis
 
 
-def _captured(node: ir.Node) -> Iterator[ir.Value]:
-    """Yield the outer tensors that a node's bodies read."""
-    for attribute in node.attributes.values():
-        graphs = [attribute.value] if attribute.type.name == "GRAPH" else []
-        for graph in graphs if attribute.type.name != "GRAPHS" else attribute.value:
-            inner = set(graph.inputs)
-            for item in graph.all_nodes():
-                inner.update(item.outputs)
-                yield from (value for value in item.inputs if value is not None and value not in inner)
-            yield from (value for value in graph.outputs if value not in inner)
+class _Reader:
+    """Walks through graphs; a body is walked again where what was assumed of its inputs does not hold."""
+
+    def __init__(self, analysis: Analysis) -> None:
+        self.analysis = analysis
+        self.state = analysis.state
+        self.again = REPEATS
+
+    def walk(self, graph: ir.Graph, foreign: str = "") -> None:
+        """Read all nodes of a graph.
+
+        Args:
+            graph: the graph.
+            foreign: why nothing is assumed of its nodes.
+        """
+        for node in graph:
+            says = unknown(node, foreign) if foreign else statement(node)
+            if bodies(node):
+                self._enter(node, says, foreign)
+            self.analysis.statements[node] = says
+            says.structure(self.state)
+            says.constants(self.state)
+
+    def _enter(self, node: ir.Node, says: Statement, foreign: str) -> None:
+        graphs = bodies(node)
+        for value in {value for graph in graphs for value in (*graph.inputs, *graph.outputs)}:
+            self.analysis.boundaries.setdefault(value, []).append(node)
+        if node.domain not in {"", "ai.onnx"}:
+            foreign = foreign or f"in a body that is run by {node.domain}.{node.op_type}"
+        while True:
+            says.enter(self.state)
+            for graph in graphs:
+                self.walk(graph, foreign)
+            if says.holds(self.state):
+                return
+            self.again -= 1
+            if self.again < 0:
+                foreign = foreign or "in bodies that would have to be read too often"
+            for graph in graphs:
+                self._forget(graph)
+
+    def _forget(self, graph: ir.Graph) -> None:
+        nodes = set(graph.all_nodes())
+        self.state.forget(nodes)
+        for at in self.analysis.boundaries.values():
+            at[:] = [node for node in at if node not in nodes]
 
 
 def solve(analysis: Analysis, fill: Fill | None = None) -> None:
@@ -97,13 +148,8 @@ def settle(analysis: Analysis) -> None:
     state = analysis.state
     while True:
         while state.touched:
-            value = state.touched.popleft()
-            producer = value.producer()
-            if producer in analysis.statements:
-                analysis.statements[producer].spread(state)
-            for user, _ in value.uses():
-                if user in analysis.statements:
-                    analysis.statements[user].spread(state)
+            for says in analysis.related(state.touched.popleft()):
+                says.spread(state)
         state.apply_pins()
         if not state.touched:
             return
@@ -139,17 +185,52 @@ def _lay_out(analysis: Analysis) -> bool:
     state.layouts.clear()
     for value in analysis.graph.inputs:
         default_layout(state, value)
-    for node, says in analysis.statements.items():
+    try:
+        _lay_out_nodes(analysis, analysis.graph)
+    except _NotLinedUpError as refused:
+        state.tighten(refused.conflict.values, refused.node)
+        if not state.touched:
+            raise PlanError(
+                "the channels that stay cannot be lined up",
+                where=f"{refused.node.op_type} {refused.node.name or ''}",
+                hint="please report the model",
+            ) from refused.conflict
+        return False
+    return True
+
+
+class _NotLinedUpError(Exception):
+    def __init__(self, node: ir.Node, conflict: ConflictError) -> None:
+        super().__init__()
+        self.node = node
+        self.conflict = conflict
+
+
+def _lay_out_nodes(analysis: Analysis, graph: ir.Graph) -> None:
+    state = analysis.state
+    for node in graph:
+        says = analysis.statements[node]
         try:
+            says.enter_layout(state)
+            for body in bodies(node):
+                _lay_out_nodes(analysis, body)
             says.layout(state)
+            _check_order(state, node)
             says.check(state)
         except ConflictError as conflict:
-            state.tighten(conflict.values, node)
-            if not state.touched:
-                raise PlanError(
-                    "the channels that stay cannot be lined up",
-                    where=f"{node.op_type} {node.name or ''}",
-                    hint="please report the model",
-                ) from conflict
-            return False
-    return True
+            raise _NotLinedUpError(node, conflict) from conflict
+
+
+def _check_order(state: State, node: ir.Node) -> None:
+    """Raise a conflict where an axis of which all stays would change its order: nobody expects that.
+
+    Raises:
+        ConflictError: with the node's tensors.
+    """
+    for value in node.outputs:
+        layout, shape = state.layouts[value], state.mask(value).shape
+        for dim, coordinate in enumerate(coordinates(layout, shape)):
+            if layout.shape[dim] < shape[dim] or shape[dim] <= 1:
+                continue
+            if not (np.moveaxis(coordinate, dim, -1) == np.arange(shape[dim])).all():
+                raise ConflictError([value for value in (*node.inputs, *node.outputs) if value is not None])

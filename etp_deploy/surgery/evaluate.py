@@ -1,7 +1,8 @@
 """Evaluate one node on constants, with ONNX Runtime's own kernels.
 
 The constants that dead channels hold must be what the runtime would have computed, so it computes them: one
-node, one session, cached by what the node is (operator, attributes, opset, types), not by its place.
+node, one session, cached by what the node is (operator, attributes, opset, types), not by its place. What it has no
+kernel for in a type stays unknown; only bfloat16, which it hardly computes in, is evaluated in float32 and rounded.
 """
 
 from __future__ import annotations
@@ -9,14 +10,14 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
+import ml_dtypes
+import numpy as np
 import onnx
 import onnx_ir as ir
 import onnxruntime
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    import numpy as np
 
 
 def evaluate(
@@ -33,6 +34,8 @@ def evaluate(
         return None
     if imports is None:
         imports = {} if node.graph is None else dict(node.graph.opset_imports)
+    if _brain(node, arrays):
+        return _widened(node, arrays, imports)
     proto = onnx.NodeProto(op_type=node.op_type, domain=node.domain)
     for attribute in sorted(node.attributes.values(), key=lambda item: item.name):
         proto.attribute.append(ir.to_proto(attribute))
@@ -49,6 +52,30 @@ def evaluate(
     except Exception:  # noqa: BLE001 - ONNX Runtime raises classes of its own; "cannot be evaluated" is an answer
         return None
     return result
+
+
+def _brain(node: ir.Node, arrays: Sequence[np.ndarray | None]) -> bool:
+    """Return whether a node reads or makes bfloat16, for which the runtime's CPU kernels are few."""
+    made = node.op_type == "Cast" and node.attributes.get_int("to", 0) == ir.DataType.BFLOAT16
+    return made or any(array is not None and array.dtype == ml_dtypes.bfloat16 for array in arrays)
+
+
+def _widened(
+    node: ir.Node, arrays: Sequence[np.ndarray | None], imports: dict[str, int]
+) -> np.ndarray | None:
+    """Evaluate a node in float32 and round once to bfloat16, which is what a kernel for bfloat16 does."""
+    if node.op_type == "Cast":
+        return (
+            None
+            if arrays[0] is None
+            else arrays[0].astype(ir.DataType(node.attributes["to"].as_int()).numpy())
+        )
+    wide = [
+        array.astype(np.float32) if array is not None and array.dtype == ml_dtypes.bfloat16 else array
+        for array in arrays
+    ]
+    result = evaluate(node, wide, imports)
+    return result.astype(ml_dtypes.bfloat16) if result is not None and result.dtype == np.float32 else result
 
 
 @lru_cache(maxsize=512)

@@ -36,7 +36,7 @@ class Example:
 
     Attributes:
         operands: its inputs in order, None for an omitted one.
-        attributes: its attributes.
+        attributes: its attributes; a numpy array stands for a tensor.
         outputs: how many outputs it has.
         operator: which of the rule's operators it is for; None for each of them.
         opset: the version of the default operator set.
@@ -62,9 +62,9 @@ def weight(*shape: int, dtype: str = "float32") -> Operand:
     return Operand("weight", shape, dtype)
 
 
-def indices(*shape: int, below: int) -> Operand:
+def indices(*shape: int, below: int, dtype: str = "int64") -> Operand:
     """Return a computed tensor of integers from 0 up to a bound."""
-    return Operand("indices", shape, "int64", below=below)
+    return Operand("indices", shape, dtype, below=below)
 
 
 def literal(array: Any, dtype: str = "int64") -> Operand:

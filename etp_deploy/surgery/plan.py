@@ -11,11 +11,12 @@ from etp_deploy.surgery.analysis import read, solve
 from etp_deploy.surgery.shapes import frame_dims, is_parameter, single_label
 from etp_deploy.surgery.state import Cause
 from etp_deploy.surgery.statements.attention import Attention
-from etp_deploy.surgery.statements.base import cut_size
+from etp_deploy.surgery.statements.base import array_of, cut_size, taken
 from etp_deploy.surgery.statements.contraction import Contraction
 from etp_deploy.surgery.statements.moves import Reshape
 from etp_deploy.surgery.statements.pointwise import Pointwise
 from etp_deploy.surgery.statements.product import Product
+from etp_deploy.surgery.stored import is_weight_type, stored
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -83,7 +84,7 @@ def plan(graph: ir.Graph, fill: Fill | None = None) -> tuple[RemovalPlan, Analys
     analysis = read(graph)
     solve(analysis, fill)
     edits = _edits(analysis)
-    while _pin_grown(analysis, edits):
+    while _pin_grown(analysis, edits) or _pin_unstorable(analysis, edits):
         solve(analysis, fill)
         edits = _edits(analysis)
     return RemovalPlan(edits, tuple(layers(analysis))), analysis
@@ -118,9 +119,26 @@ def _pin_grown(analysis: Analysis, edits: NodeEdits) -> bool:
     return pinned
 
 
+def _pin_unstorable(analysis: Analysis, edits: NodeEdits) -> bool:
+    """Pin what reads a weight whose cut has no form in which it is stored; say if any was."""
+    pinned = False
+    for node, changes in edits:
+        for change in changes:
+            index: int = getattr(change, "index", len(node.inputs))
+            value = node.inputs[index] if index < len(node.inputs) else None
+            form, array = stored(value), array_of(value)
+            if form is None or array is None:
+                continue
+            positions = taken(change, array.shape)
+            if positions is not None and form.take(positions) is None:
+                cause = Cause("channels that share a scale would no longer do so at", node, spare=True)
+                for tensor in (*node.inputs, *node.outputs):
+                    pinned |= analysis.state.grow(tensor, np.ones((), bool), cause)
+    return pinned
+
+
 def _shared_weight(value: ir.Value) -> bool:
-    floating = value.dtype is not None and value.dtype.is_floating_point()
-    return is_parameter(value) and floating and len(value.uses()) > 1
+    return is_parameter(value) and is_weight_type(value.dtype) and len(value.uses()) > 1
 
 
 def layers(analysis: Analysis) -> list[Layer]:
@@ -200,7 +218,7 @@ def reason(analysis: Analysis, index: int) -> str:
 
 
 def _kind(analysis: Analysis, says: Contraction) -> str:
-    if says.node.op_type in {"Conv", "ConvTranspose"}:
+    if says.windowed:
         return "channels"
     return "projections" if _feeds_heads(analysis, says.out) else "neurons"
 

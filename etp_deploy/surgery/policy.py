@@ -50,7 +50,7 @@ def _convolutions(analysis: Analysis) -> list[Contraction]:
     return [
         says
         for says in analysis.statements.values()
-        if isinstance(says, Contraction) and says.active and says.node.op_type in {"Conv", "ConvTranspose"}
+        if isinstance(says, Contraction) and says.active and says.windowed
     ]
 
 

@@ -19,11 +19,28 @@ import onnx_ir as ir
 import onnx_ir.passes.common as passes
 from onnx_shape_inference import SYM_DATA_KEY, ShapeInferenceError, infer_symbolic_shapes
 
+import etp_deploy.surgery.fused_shapes
+import etp_deploy.surgery.quantized_shapes  # noqa: F401 - teaches shape inference
 from etp_deploy.errors import ModelError
 from etp_deploy.surgery.absorb import absorb_padding, expand_tiles, omit_zero_states
+from etp_deploy.surgery.boundaries import (
+    forget_body_inputs,
+    forget_shapes,
+    give_up_all,
+    has_bodies,
+    hide_unknown,
+    name_apart,
+    open_bodies,
+    open_returns,
+    own_initializers,
+    rebind,
+    remove_unused,
+)
 from etp_deploy.surgery.evaluate import evaluate
+from etp_deploy.surgery.fusions import take_apart
 from etp_deploy.surgery.projections import open_projections
 from etp_deploy.surgery.shapes import Size, is_parameter
+from etp_deploy.surgery.stored import unpack
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -79,26 +96,32 @@ def prepare(model: ir.Model) -> ir.Model:
     model = model.clone()
     _drop_annotations(model)
     _drop_initializer_inputs(model)
-    # the pass cannot handle an Identity that ends a body
-    bodies = any(True for _ in model.graph.subgraphs())
+    passes.InlinePass()(model)
+    own_initializers(model)
+    open_returns(model)
     for simplify in (
-        passes.InlinePass(),
         passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         passes.LiftSubgraphInitializersToMainGraphPass(),
-        *(() if bodies else (passes.IdentityEliminationPass(),)),
-        passes.RemoveUnusedNodesPass(),
+        # the pass cannot handle an Identity that ends a body
+        *(() if has_bodies(model) else (passes.IdentityEliminationPass(),)),
     ):
         simplify(model)
+    remove_unused(model)
+    name_apart(model)
+    take_apart(model.graph, constant)
+    open_bodies(model)
+    forget_body_inputs(model)
+    unpack(model.graph, constant)
     changed = True
     while changed:  # a resolved target makes more shapes known, which may resolve more
         infer_shapes(model)
         changed = _fold_integers(model.graph) | _resolve_shapes(model.graph) | _fill_shapes(model.graph)
-        passes.RemoveUnusedNodesPass()(model)
+        remove_unused(model)
     if open_projections(model.graph, partial(constant, model.graph)):
-        passes.RemoveUnusedNodesPass()(model)
+        remove_unused(model)
         infer_shapes(model)
     if absorb_padding(model.graph) | omit_zero_states(model.graph) | expand_tiles(model.graph):
-        passes.RemoveUnusedNodesPass()(model)
+        remove_unused(model)
     return model
 
 
@@ -108,6 +131,20 @@ def infer_shapes(model: ir.Model) -> None:
     Raises:
         ModelError: where shapes contradict each other.
     """
+    again = True
+    while again:
+        try:
+            _infer_once(model)
+        except ModelError:
+            # in a loop's body they may contradict only what was assumed of its state
+            if not give_up_all(model):
+                raise
+        else:
+            again = rebind(model)
+    hide_unknown(model)
+
+
+def _infer_once(model: ir.Model) -> None:
     logger = logging.getLogger("onnx_shape_inference")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -135,14 +172,7 @@ def _drop_annotations(model: ir.Model) -> None:
     for value in (*model.graph.inputs, *model.graph.outputs):
         if value.shape is not None:
             value.shape = ir.Shape([_clean(dim) for dim in value.shape])
-    for graph in model.graphs():
-        outputs = set(graph.outputs)
-        for node in graph:
-            for value in node.outputs:
-                value.metadata_props.pop(SYM_DATA_KEY, None)
-                if value not in outputs:
-                    value.shape = None
-                    value.type = None
+    forget_shapes(model)
 
 
 def _clean(dim: int | ir.SymbolicDim) -> int | str | None:
@@ -204,7 +234,7 @@ def _differ(a: Size, b: Size) -> bool:
 def _fold_integers(graph: ir.Graph) -> bool:
     """Evaluate nodes that compute small integer tensors from constants alone."""
     folded = False
-    for node in graph:
+    for node in list(graph.all_nodes()):
         value = node.outputs[0]
         if len(node.outputs) != 1 or value.dtype not in {ir.DataType.INT64, ir.DataType.BOOL}:
             continue
@@ -239,10 +269,10 @@ def _small_constant(value: ir.Value | None) -> np.ndarray | None:
 def _resolve_shapes(graph: ir.Graph) -> bool:
     changed = False
     sources = _symbol_sources(graph)
-    for node in graph:
+    for node in list(graph.all_nodes()):
         for value in node.outputs:
             changed |= _fold_static(graph, value)
-    for node in list(graph):
+    for node in list(graph.all_nodes()):
         index = _SHAPE_INPUT.get(node.op_type)
         if index is None or node.domain != "" or len(node.inputs) <= index:
             continue
@@ -259,7 +289,7 @@ def _resolve_shapes(graph: ir.Graph) -> bool:
 def _fill_shapes(graph: ir.Graph) -> bool:
     """Give ConstantOfShape the symbolic shape that its input holds; inference knows only constant ones."""
     changed = False
-    for node in graph:
+    for node in graph.all_nodes():
         if node.op_type == "ConstantOfShape" and node.outputs[0].shape is None:
             entries = shape_data(node.inputs[0])
             if entries is not None and all(entry.coefficient >= 0 for entry in entries):
@@ -281,17 +311,18 @@ def _fold_static(graph: ir.Graph, value: ir.Value) -> bool:
     return True
 
 
-def constant(graph: ir.Graph, array: np.ndarray, name: str) -> ir.Value:
+def constant(graph: ir.Graph, content: np.ndarray | ir.TensorProtocol, name: str) -> ir.Value:
     """Add an initializer with a name that is not taken yet."""
     unique, suffix = name, 0
     while unique in graph.initializers:
         suffix += 1
         unique = f"{name}_{suffix}"
+    tensor = ir.Tensor(content, name=unique) if isinstance(content, np.ndarray) else content
     value = ir.Value(
         name=unique,
-        shape=ir.Shape(array.shape),
-        type=ir.TensorType(ir.DataType.from_numpy(array.dtype)),
-        const_value=ir.Tensor(array, name=unique),
+        shape=ir.Shape(tensor.shape.numpy()),
+        type=ir.TensorType(tensor.dtype),
+        const_value=tensor,
     )
     graph.register_initializer(value)
     return value

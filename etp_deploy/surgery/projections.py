@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 Named = Callable[[np.ndarray, str], ir.Value]
 """Adds an initializer with a name that is not taken yet."""
+Shared = Callable[[str, np.ndarray], ir.Value]
+"""Adds an initializer, one for all of one name that hold the same."""
 Split = Callable[[ir.Value, tuple[int, ...]], list[ir.Value]]
 """Cuts an initializer into parts along its last axis."""
 
@@ -102,56 +104,46 @@ def _biased(
     ]
 
 
-def close_projections(graph: ir.Graph, named: Named) -> None:
+def close_projections(graph: ir.Graph, shared: Shared) -> None:
     """Merge again what was written out.
+
+    Args:
+        graph: the graph.
+        shared: adds an initializer with a name, one for all that hold the same.
 
     Raises:
         PlanError: where the projections do not end in the nodes that were written; a defect of ours.
     """
-    merged: dict[tuple[ir.Value | None, ...], ir.Value] = {}
-
-    def join(parts: list[ir.Value], name: str) -> ir.Value:
-        key = tuple(parts)
-        if key not in merged:  # once for all nodes that share it
-            merged[key] = named(np.concatenate([_array(part) for part in parts], axis=-1), name)
-        return merged[key]
-
     for node in list(graph):
         names = node.metadata_props.pop(_OPENED, None)
         if names is not None:
             weight, bias = names.split("\n")
-            _close(node, weight, bias, join, named)
+            _close(node, weight, bias, shared)
 
 
-def _close(
-    node: ir.Node, weight: str, bias: str, join: Callable[[list[ir.Value], str], ir.Value], named: Named
-) -> None:
+def _close(node: ir.Node, weight: str, bias: str, shared: Shared) -> None:
     parts = [_unbiased(node.inputs[index]) for index in range(len(_PARTS))]
-    sources = [source for source, _ in parts]
-    offsets = [offset for _, offset in parts]
+    products = [_product(source, node) for source, _ in parts] if weight else []
+    if any(x is not products[0][0] for x, _ in products):
+        raise _lost(node)
+    widths = [_array(factor).shape[-1] for _, factor in products]
+    offsets = [None if offset is None else _array(offset) for _, offset in parts]
+    known = [offset for offset in offsets if offset is not None]
     joint: ir.Value | None = None
-    if weight:
-        products = [_product(source, node) for source in sources]
-        widths = [int(_array(factor).shape[-1]) for _, factor in products]
-        if any(x is not products[0][0] for x, _ in products):
-            raise _lost(node)
-    else:
-        widths = [int(_array(offset).shape[-1]) for offset in offsets if offset is not None]
-    if any(offset is not None for offset in offsets):
-        dtype = next(_array(offset).dtype for offset in offsets if offset is not None)
+    if known:
         filled = [
-            named(np.zeros(width, dtype), f"{node.outputs[0].name}_zero") if offset is None else offset
-            for offset, width in zip(offsets, widths, strict=True)
+            np.zeros(widths[place], known[0].dtype) if offset is None else offset
+            for place, offset in enumerate(offsets)
         ]
-        joint = join(filled, bias or f"{node.outputs[0].name}_bias")
+        joint = shared(bias or f"{node.outputs[0].name}_bias", np.concatenate(filled))
     if not weight:
-        for index, source in enumerate(sources):
+        for index, (source, _) in enumerate(parts):
             node.replace_input_with(index, source)
-        if len(node.inputs) <= 3:  # omitted inputs at the end may have been dropped
-            node.resize_inputs(4)
-        node.replace_input_with(3, joint)
+        if len(node.inputs) <= len(_PARTS):  # omitted inputs at the end may have been dropped
+            node.resize_inputs(len(_PARTS) + 1)
+        node.replace_input_with(len(_PARTS), joint)
         return
-    factor = join([factor for _, factor in products], weight)
+    factor = shared(weight, np.concatenate([_array(factor) for _, factor in products], axis=-1))
     node.op_type = "Attention"
     if len(set(widths)) > 1:
         node.attributes["qkv_hidden_sizes"] = ir.AttrInt64s("qkv_hidden_sizes", widths)

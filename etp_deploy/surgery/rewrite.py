@@ -7,23 +7,29 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
-import onnx_ir.passes.common as passes
 
 from etp_deploy.errors import PlanError
+from etp_deploy.surgery.boundaries import name_apart, release_bodies, remove_unused
+from etp_deploy.surgery.fusions import put_together
 from etp_deploy.surgery.prepare import constant
 from etp_deploy.surgery.projections import close_projections
 from etp_deploy.surgery.statements.base import (
     AddVector,
     Affine,
     Edit,
+    FreeShape,
     GatherInput,
     SetAttribute,
     SetInput,
     SetShape,
     SetSlice,
     SliceInput,
+    TakeEntries,
     array_of,
+    taken,
 )
+from etp_deploy.surgery.stored import pack, set_stored, stored
+from etp_deploy.tensors import deferred, unshared
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,7 +38,10 @@ if TYPE_CHECKING:
 
 
 class Rewriter:
-    """Applies edits to one graph; equal cuts of one initializer stay one initializer."""
+    """Applies edits to a graph and the bodies in it; equal cuts of one initializer stay one initializer.
+
+    All initializers are the main graph's: bodies read them from there.
+    """
 
     def __init__(self, graph: ir.Graph) -> None:
         self.graph = graph
@@ -53,6 +62,12 @@ class Rewriter:
                     self._affine(node, change)
 
     def _apply(self, node: ir.Node, edit: Edit) -> None:
+        if isinstance(edit, SetAttribute | SetShape | SetSlice | FreeShape):
+            self._change_node(node, edit)
+        elif not self._take_stored(node, edit):
+            self._change_input(node, edit)
+
+    def _change_input(self, node: ir.Node, edit: Edit) -> None:
         match edit:
             case SetInput(index, array):
                 self._set_input(node, index, array)
@@ -61,6 +76,13 @@ class Rewriter:
             case GatherInput(index, split, indices, merged):
                 array = self._array(node, index).reshape(split)[indices].reshape(merged)
                 self._set_input(node, index, array)
+            case TakeEntries():
+                self._take_entries(node, edit)
+            case _:
+                raise PlanError(f"an edit of an unknown kind: {type(edit).__name__}")
+
+    def _change_node(self, node: ir.Node, edit: SetAttribute | SetShape | SetSlice | FreeShape) -> None:
+        match edit:
             case SetAttribute(name, None):
                 node.attributes.pop(name, None)
             case SetAttribute(name, (int() | float() | tuple()) as value):
@@ -69,8 +91,38 @@ class Rewriter:
                 self._set_shape(node, index, sizes)
             case SetSlice():
                 self._set_slice(node, edit)
-            case _:
-                raise PlanError(f"an edit of an unknown kind: {type(edit).__name__}")
+            case FreeShape(value):
+                value.shape = None
+
+    def _take_entries(self, node: ir.Node, edit: TakeEntries) -> None:
+        array = self._array(node, edit.index)
+        cut = array.reshape(-1)[edit.positions]
+        if edit.added is not None:
+            cut = (cut.astype(np.float64) + edit.added).astype(array.dtype)
+        self._set_input(node, edit.index, cut)
+
+    def _take_stored(self, node: ir.Node, edit: Edit) -> bool:
+        """Cut a weight in the form in which it is stored; say whether there is one that holds the result."""
+        index: int = getattr(edit, "index", len(node.inputs))
+        value = node.inputs[index] if index < len(node.inputs) else None
+        form = stored(value)
+        if value is None or form is None:
+            return False
+        positions = taken(edit, self._array(node, index).shape)
+        cut = None if positions is None else form.take(positions)
+        if (
+            isinstance(edit, TakeEntries)
+            and edit.added is not None
+            and edit.slack is not None
+            and cut is not None
+        ):
+            cut = cut.plus(edit.added, edit.slack)
+        if cut is None:
+            return False
+        fresh = self.shared(value.name or "", cut.values())
+        set_stored(fresh, cut)
+        node.replace_input_with(index, fresh)
+        return True
 
     def _array(self, node: ir.Node, index: int) -> np.ndarray:
         array = array_of(node.inputs[index])
@@ -82,21 +134,20 @@ class Rewriter:
         name = old.name if old is not None and old.name else f"{node.outputs[0].name}_{index}"
         if index >= len(node.inputs):
             node.resize_inputs(index + 1)
-        node.replace_input_with(index, self._shared(name, array))
+        node.replace_input_with(index, self.shared(name, array))
 
-    def named(self, array: np.ndarray, name: str) -> ir.Value:
+    def _named(self, tensor: np.ndarray | ir.TensorProtocol, name: str) -> ir.Value:
         """Add an initializer that takes over a name as soon as that is free."""
-        value = constant(self.graph, array, name)
+        value = constant(self.graph, tensor, name)
         self.wanted[value] = name
         return value
 
-    def _shared(self, name: str, array: np.ndarray) -> ir.Value:
+    def shared(self, name: str, array: np.ndarray) -> ir.Value:
         """Return an initializer with this name and content, one for all nodes whose cuts come out equal."""
-        digest = hashlib.sha256(
-            f"{array.dtype} {array.shape}".encode() + np.ascontiguousarray(array).data
-        ).digest()
+        content = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        digest = hashlib.sha256(f"{array.dtype} {array.shape}".encode() + content.data).digest()
         if (name, digest) not in self._cut:
-            self._cut[name, digest] = self.named(array, name)
+            self._cut[name, digest] = self._named(array, name)
         return self._cut[name, digest]
 
     def _slice_input(self, node: ir.Node, index: int, takes: tuple[tuple[int, np.ndarray], ...]) -> None:
@@ -107,11 +158,25 @@ class Rewriter:
             b"".join(bytes([axis]) + np.ascontiguousarray(line).tobytes() for axis, line in takes),
         )
         if key not in self._cut:
-            array = self._array(node, index)
-            for axis, line in takes:
-                array = np.take(array, line, axis=axis)
-            self._cut[key] = self.named(array, old.name or f"{node.outputs[0].name}_{index}")
+            name = old.name or f"{node.outputs[0].name}_{index}"
+            self._cut[key] = self._taken(old, takes, name)
         node.replace_input_with(index, self._cut[key])
+
+    def _taken(self, old: ir.Value, takes: tuple[tuple[int, np.ndarray], ...], name: str) -> ir.Value:
+        """Add an initializer that is cut when it is written, so that no two cuts are in memory at once."""
+        source = old.const_value
+        assert source is not None
+        shape = list(source.shape.numpy())
+        for axis, line in takes:
+            shape[axis] = line.size
+
+        def cut() -> np.ndarray:
+            array = unshared(source).numpy()
+            for axis, line in sorted(takes, key=lambda take: take[1].size / array.shape[take[0]]):
+                array = np.take(array, line, axis=axis)
+            return array
+
+        return self._named(deferred(cut, source.dtype, ir.Shape(shape), name), name)
 
     def _set_shape(self, node: ir.Node, index: int, sizes: tuple[tuple[Size, bool], ...]) -> None:
         target = node.inputs[index]
@@ -134,7 +199,7 @@ class Rewriter:
         fresh = ir.node("Concat", parts, {"axis": 0})
         fresh.outputs[0].name = f"{target.name}_{node.outputs[0].name}"
         fresh.outputs[0].type, fresh.outputs[0].shape = target.type, target.shape
-        self.graph.insert_before(node, fresh)
+        graph_of(node).insert_before(node, fresh)
         node.replace_input_with(index, fresh.outputs[0])
 
     def _set_slice(self, node: ir.Node, edit: SetSlice) -> None:
@@ -194,7 +259,8 @@ class Rewriter:
         added = ir.node(operator, [out, operand])
         fresh = added.outputs[0]
         fresh.type, fresh.shape = out.type, out.shape
-        places = [place for place, value in enumerate(self.graph.outputs) if value is out]
+        graph = graph_of(producer)
+        places = [place for place, value in enumerate(graph.outputs) if value is out]
         if places:
             fresh.name, out.name = out.name, f"{out.name}_without_{what}"
         else:
@@ -202,8 +268,14 @@ class Rewriter:
         for user, place in users:
             user.replace_input_with(place, fresh)
         for place in places:
-            self.graph.outputs[place] = fresh
-        self.graph.insert_after(producer, added)
+            graph.outputs[place] = fresh
+        graph.insert_after(producer, added)
+
+
+def graph_of(node: ir.Node) -> ir.Graph:
+    """Return the graph, main or body, that a node stands in."""
+    assert isinstance(node.graph, ir.Graph)
+    return node.graph
 
 
 def _attribute(name: str, value: float | tuple[int, ...]) -> ir.Attr:
@@ -235,14 +307,18 @@ def rewrite(model: ir.Model, edits: Sequence[tuple[ir.Node, tuple[Edit, ...]]]) 
     """Apply edits to a prepared model, in place, and drop what nothing uses any more."""
     rewriter = Rewriter(model.graph)
     rewriter.apply(edits)
-    close_projections(model.graph, rewriter.named)
-    for value in (value for node in model.graph for value in node.outputs):
+    close_projections(model.graph, rewriter.shared)
+    put_together(model.graph)
+    for value in (value for node in model.graph.all_nodes() for value in node.outputs):
         if not value.is_graph_output():
             value.shape = None
-    passes.RemoveUnusedNodesPass()(model)
+    release_bodies(model.graph)
+    remove_unused(model)
+    rewriter.wanted.update(pack(model.graph, constant, rewriter.wanted))
     for value, name in rewriter.wanted.items():
         if value.is_initializer() and name not in model.graph.initializers:
             value.name = name
+    name_apart(model)
 
 
 def restore_interface(model: ir.Model, original: ir.Model) -> None:

@@ -64,6 +64,8 @@ class State:
     constants: dict[ir.Value, Constant] = field(default_factory=dict)
     stochastic: dict[ir.Value, int] = field(default_factory=dict)
     """Tensors whose entries along an axis sum to one, with that axis."""
+    centred: dict[ir.Value, np.ndarray] = field(default_factory=dict)
+    """Where quantised tensors hold their zero point, whatever that is computed to be."""
     keep: dict[ir.Value, np.ndarray] = field(default_factory=dict)
     layouts: dict[ir.Value, np.ndarray] = field(default_factory=dict)
     pins: dict[ir.Value, dict[int, Cause]] = field(default_factory=dict)
@@ -83,6 +85,7 @@ class State:
     def set_structure(self, value: ir.Value, structure: Structure | None) -> None:
         """Set a tensor's structure; its keep mask starts empty where something in it can be removed."""
         self.structures[value] = structure
+        self.keep.pop(value, None)
         if structure is not None:
             shape = frame(structure)
             self.keep[value] = np.full(shape, not any(has_labels(axis) for axis in structure))
@@ -121,6 +124,17 @@ class State:
         for index in range(len(structure)) if axis is None else [axis]:
             if has_labels(structure[index]):
                 self.pins.setdefault(value, {}).setdefault(index, Cause(text, node))
+
+    def forget(self, nodes: set[ir.Node]) -> None:
+        """Forget what some nodes said, before they are read again."""
+        for node in nodes:
+            for value in node.outputs:
+                self.constants.pop(value, None)
+                self.stochastic.pop(value, None)
+                self.product.discard(value)
+        for axes in self.pins.values():
+            for axis in [axis for axis, cause in axes.items() if cause.node in nodes]:
+                del axes[axis]
 
     def apply_pins(self) -> None:
         """Turn the recorded pins into kept positions."""

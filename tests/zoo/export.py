@@ -34,7 +34,7 @@ def export(net, network, path, exporter="dynamo", dynamic="static"):
         net: the module, built from `network`.
         network: its entry in the zoo, for the inputs.
         path: the file.
-        exporter: "dynamo" (opset 20), "dynamo18" or "torchscript" (opset 17).
+        exporter: "dynamo" (opset 20), "dynamo18", "dynamo23" or "torchscript" (opset 17).
         dynamic: "static", "batch" or "all" (batch and sequence).
     """
     free = {"static": set(), "batch": {"batch"}, "all": {"batch", "sequence"}}[dynamic] & network.symbols()
@@ -59,7 +59,7 @@ def export(net, network, path, exporter="dynamo", dynamic="static"):
                 str(path),
                 input_names=names,
                 dynamic_shapes=dims if free else None,
-                opset_version=18 if exporter == "dynamo18" else 20,
+                opset_version=int(exporter.removeprefix("dynamo") or 20),
                 dynamo=True,
                 external_data=False,
                 verbose=False,

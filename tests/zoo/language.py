@@ -64,10 +64,11 @@ class Llama(nn.Module):
     """Llama: grouped queries, rotary embeddings, RMS norms, SwiGLU; no biases.
 
     `kvN` counts key/value heads, `perN` the query heads of each, `stream` the residual width, which an RMS
-    norm lets shrink when its mean is rescaled.
+    norm lets shrink when its mean is rescaled. With `form="operator"` the norms are torch's own, which are one
+    operator from opset 23 on; else they are written out.
     """
 
-    def __init__(self, widths: Widths, size: int = 8, depth: int = 2) -> None:
+    def __init__(self, widths: Widths, size: int = 8, depth: int = 2, form: str = "eager") -> None:
         super().__init__()
         from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -94,6 +95,12 @@ class Llama(nn.Module):
             attn.o_proj = nn.Linear(kv * per * size, dim, bias=False)
             mlp.gate_proj, mlp.up_proj = (nn.Linear(dim, hidden, bias=False) for _ in range(2))
             mlp.down_proj = nn.Linear(hidden, dim, bias=False)
+            if form == "operator":
+                layer.input_layernorm, layer.post_attention_layernorm = (
+                    nn.RMSNorm(dim, eps=config.rms_norm_eps) for _ in range(2)
+                )
+        if form == "operator":
+            self.llama.model.norm = nn.RMSNorm(dim, eps=config.rms_norm_eps)
 
     def forward(self, ids):
         return self.llama(input_ids=ids, use_cache=False).logits

@@ -57,7 +57,7 @@ class Network:
     @property
     def quickest(self) -> str:
         """The exporter that takes the least time."""
-        return "torchscript" if "torchscript" in self.exporters else "dynamo"
+        return "torchscript" if "torchscript" in self.exporters else self.exporters[0]
 
     @property
     def streams(self) -> bool:
@@ -153,6 +153,10 @@ ZOO: dict[str, Network] = {
     "conv3d": Network(Volume, _CONVS, {"x": (("batch", 1, 8, 8, 8), 0)}, ("conv1",)),
     "gpt2": Network(Gpt2, _VIT, {"ids": (("batch", "sequence"), 50)}, ("heads0",), "transformers", DYNAMO),
     "llama": Network(Llama, _LLAMA, {"ids": (("batch", "sequence"), 50)}, (), "transformers", DYNAMO),
+    # the exporter fixes what is open in rotary embeddings as one operator
+    "llama-operator": Network(
+        partial(Llama, form="operator"), _LLAMA, {"ids": ((2, 12), 50)}, (), "transformers", ("dynamo23",)
+    ),
     "t5": Network(T5, {"heads": 4, "mlp": 64}, _TEXT, (), "transformers"),
     "swin": Network(Swin, _SWIN, _image(32), ("heads1",), "transformers"),
     "lstm": Network(Recurrent, {"h0": 16, "h1": 12}, _SERIES, constants=False),

@@ -28,6 +28,7 @@ class Planting:
         kinds: which kinds of sites die; empty means all.
         share: how much of each width dies.
         whole: the key of one site that dies as a whole while all others live.
+        odd: whether an odd number of each width is left.
     """
 
     position: str = "scattered"
@@ -36,6 +37,7 @@ class Planting:
     kinds: tuple[str, ...] = ()
     share: float = 0.4
     whole: str = ""
+    odd: bool = False
 
     def __str__(self) -> str:
         """A test's name."""
@@ -125,6 +127,8 @@ def _silence(site: Site, planting: Planting, units: list[int], firsts: list[int]
 def _choose(site: Site, planting: Planting, rng: np.random.Generator) -> tuple[list[int], int]:
     """Units in the whole axis that die, and how many of them in each group."""
     count = site.width if planting.whole else min(site.width - 1, max(1, int(site.width * planting.share)))
+    if planting.odd and (site.width - count) % 2 == 0:
+        count -= 1
     units = []
     for group in range(site.groups):
         if planting.position == "tail":

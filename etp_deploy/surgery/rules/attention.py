@@ -194,8 +194,7 @@ def multi_head_attention(node: ir.Node) -> Statement:
     domain=_MICROSOFT,
     examples=(
         example(
-            *(computed(2, 3, 32), computed(2, 3, 32), computed(2, 3, 32), None, None),
-            *(literal([2, 2], "int32"), literal(3, "int32")),
+            *(computed(2, 3, 96), None, None, None, None, literal([2, 2], "int32"), literal(3, "int32")),
             num_heads=4,
             kv_num_heads=4,
             outputs=1,
@@ -207,8 +206,8 @@ def multi_head_attention(node: ir.Node) -> Statement:
             outputs=1,
         ),
         example(
-            *(computed(2, 3, 64), computed(2, 3, 32), computed(2, 3, 32), None, None),
-            *(literal([2, 2], "int32"), literal(3, "int32"), weight(4, 8), weight(4, 8)),
+            *(computed(2, 3, 128), None, None, None, None, literal([2, 2], "int32"), literal(3, "int32")),
+            *(weight(4, 8), weight(4, 8)),
             num_heads=4,
             kv_num_heads=2,
             do_rotary=1,
@@ -287,7 +286,7 @@ def projecting_attention(node: ir.Node) -> Statement:
 
 
 @rule(
-    *("PackedAttention", "PackedMultiHeadAttention", "DecoderAttention", "PagedAttention", "SparseAttention"),
+    *("PackedAttention", "PackedMultiHeadAttention", "DecoderAttention", "SparseAttention"),
     *("DecoderMaskedMultiHeadAttention", "DecoderMaskedSelfAttention", "LongformerAttention", "QAttention"),
     domain=_MICROSOFT,
     examples=(
@@ -300,6 +299,7 @@ def projecting_attention(node: ir.Node) -> Statement:
             past_present_share_buffer=1,
             removable=False,
         ),
+        example(computed(2, 3, 12), computed(12, 36), computed(36), num_heads=4, removable=False),
     ),
 )
 def pinned_attention(node: ir.Node) -> Statement:

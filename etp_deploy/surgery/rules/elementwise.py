@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+import onnx_ir as ir
 
+from etp_deploy.surgery.examples import computed, example, literal, weight
 from etp_deploy.surgery.rules.common import broadcast_maps, constant_at, input_at, rank, same_axes
 from etp_deploy.surgery.rules.registry import RefusedError, rule
 from etp_deploy.surgery.statements.base import array_of
 from etp_deploy.surgery.statements.pointwise import Pointwise
 
 if TYPE_CHECKING:
-    import onnx_ir as ir
-
     from etp_deploy.surgery.statements.base import Statement
 
 UNARY = (
@@ -60,7 +60,7 @@ UNARY = (
         "Tan",
         "Tanh",
     ),
-    *("ThresholdedRelu", "Cast", "IsInf", "IsNaN", "Shrink", "BitwiseNot"),
+    *("ThresholdedRelu", "IsInf", "IsNaN", "Shrink", "BitwiseNot"),
 )
 BINARY = (
     *("Add", "Sub", "Div", "Pow", "PRelu", "Max", "Min", "Mean", "Sum", "Mod", "BitShift"),
@@ -69,40 +69,156 @@ BINARY = (
 )
 
 
-@rule(*UNARY)
+@rule(
+    *UNARY,
+    examples=(
+        *(
+            example(computed(2, 6, 4), operator=name)
+            for name in UNARY
+            if name not in {"Not", "Cast", "BitwiseNot", "Swish"}
+        ),
+        example(computed(2, 6, 4), operator="Swish", opset=24),
+        example(computed(2, 6, 4, dtype="bool"), operator="Not"),
+        example(computed(2, 6, 4, dtype="int32"), operator="BitwiseNot"),
+        example(computed(2, 6, 4), operator="Cast", to=7),
+        example(computed(2, 6, 4, dtype="int64"), operator="Cast", to=1),
+    ),
+)
 def unary(node: ir.Node) -> Statement:
     """y[...] = f(x[...])"""
     return Pointwise(node, {0: same_axes(rank(node.inputs[0]))})
 
 
-@rule("Identity", "Dropout")
+@rule(
+    "Cast",
+    examples=(
+        example(computed(2, 6, 3), to=int(ir.DataType.DOUBLE)),
+        example(computed(2, 6, 3), to=int(ir.DataType.INT32)),
+        example(computed(2, 6, 3, dtype="int64"), to=int(ir.DataType.FLOAT)),
+    ),
+)
+def cast(node: ir.Node) -> Statement:
+    """y[...] = x[...] in another type; what sums to one does so in any floating-point type, to its rounding"""
+    kinds = (node.inputs[0], node.outputs[0])
+    floats = all(
+        item is not None and item.dtype is not None and item.dtype.is_floating_point() for item in kinds
+    )
+    return Pointwise(node, {0: same_axes(rank(node.inputs[0]))}, same_entries=floats)
+
+
+@rule(
+    "Identity",
+    "Dropout",
+    examples=(
+        example(computed(2, 6, 4)),
+        example(computed(2, 6, 4), literal(0.5, "float32"), literal(False, "bool"), operator="Dropout"),
+        example(
+            computed(2, 6, 4),
+            literal(0.5, "float32"),
+            literal(True, "bool"),
+            operator="Dropout",
+            removable=False,
+        ),
+        example(computed(2, 6, 4), None, computed(dtype="bool"), operator="Dropout", removable=False),
+        example(computed(2, 6, 4), operator="Dropout", outputs=2, removable=False),
+    ),
+)
 def identity(node: ir.Node) -> Statement:
     """y[...] = x[...]"""
     training = input_at(node, 2)
     if node.op_type == "Dropout" and training is not None and constant_at(node, 2, "training mode is").any():
         raise RefusedError("Dropout in training mode is random")
-    return Pointwise(node, {0: same_axes(rank(node.inputs[0]))}, constants="pass", same_entries=True)
+    axes = same_axes(rank(node.inputs[0]))
+    # of an initializer (the first value of a state) every axis may have channels
+    fresh = tuple(range(len(axes))) if array_of(node.inputs[0]) is not None else ()
+    return Pointwise(node, {0: axes}, constants="pass", same_entries=True, fresh=fresh)
 
 
-@rule("Clip")
+@rule(
+    "Clip",
+    examples=(
+        example(computed(2, 6, 4), literal(-0.5, "float32"), literal(1.0, "float32")),
+        example(computed(2, 6, 4), None, literal(1.0, "float32")),
+        example(computed(2, 6, 4), computed()),
+    ),
+)
 def clip(node: ir.Node) -> Statement:
     """y[...] = min(max(x[...], low), high)"""
     return Pointwise(node, {0: same_axes(rank(node.inputs[0]))})
 
 
-@rule(*BINARY)
+@rule(
+    *BINARY,
+    examples=(
+        *(
+            example(computed(2, 6, 4), other, operator=name)
+            for name in (
+                "Add",
+                "Sub",
+                "Div",
+                "Pow",
+                "Max",
+                "Min",
+                "Mean",
+                "Sum",
+                "Equal",
+                "Greater",
+                "GreaterOrEqual",
+                "Less",
+                "LessOrEqual",
+            )
+            for other in (computed(2, 6, 4), weight(6, 1))
+        ),
+        example(computed(2, 1, 6), computed(3, 1), weight(6), operator="Max"),
+        example(computed(2, 6, 4), weight(6, 1), operator="PRelu"),
+        example(computed(2, 6, 4), weight(6, 1), operator="Mod", fmod=1),
+        *(
+            example(computed(2, 6, 4, dtype="bool"), computed(6, 1, dtype="bool"), operator=name)
+            for name in ("And", "Or", "Xor")
+        ),
+        *(
+            example(computed(2, 6, 4, dtype="int32"), computed(6, 1, dtype="int32"), operator=name)
+            for name in ("BitwiseAnd", "BitwiseOr", "BitwiseXor")
+        ),
+        example(
+            computed(2, 6, 4, dtype="uint32"),
+            computed(6, 1, dtype="uint32"),
+            operator="BitShift",
+            direction="LEFT",
+        ),
+    ),
+)
 def binary(node: ir.Node) -> Statement:
     """y[...] = f(a[...], b[...], ...), broadcast"""
     return Pointwise(node, broadcast_maps(node))
 
 
-@rule("Mul")
+@rule(
+    "Mul",
+    examples=(
+        example(computed(2, 6, 4), weight(6, 1)),
+        example(weight(6, 1), computed(2, 6, 4)),
+        example(computed(2, 6, 4), computed(2, 6, 1)),
+        example(computed(2, 6, 4), literal(0.5, "float32")),
+    ),
+)
 def multiply(node: ir.Node) -> Statement:
     """y[...] = a[...] * b[...], broadcast; zero times anything finite is zero"""
     return Pointwise(node, broadcast_maps(node), absorbing=(0, 1))
 
 
-@rule("Where")
+@rule(
+    "Where",
+    examples=(
+        example(computed(2, 6, 4, dtype="bool"), computed(2, 6, 4), weight(6, 1)),
+        example(computed(2, 1, 4, dtype="bool"), literal(-1e9, "float32"), computed(2, 6, 4)),
+        example(
+            literal([[True], [False], [True], [True], [False], [True]], "bool"),
+            computed(2, 6, 4),
+            computed(2, 6, 4),
+        ),
+    ),
+)
 def where(node: ir.Node) -> Statement:
     """y[...] = a[...] if condition[...] else b[...], broadcast"""
     guarded = _guarded_softmax(node)

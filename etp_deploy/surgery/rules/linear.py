@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from etp_deploy.surgery.examples import computed, example, weight
 from etp_deploy.surgery.rules.common import attribute, constant_at, input_at, rank
 from etp_deploy.surgery.rules.registry import RefusedError, rule
 from etp_deploy.surgery.statements.base import array_of
@@ -17,7 +18,19 @@ if TYPE_CHECKING:
     from etp_deploy.surgery.statements.base import Statement
 
 
-@rule("MatMul")
+@rule(
+    "MatMul",
+    examples=(
+        example(computed(2, 3, 6), weight(6, 4)),
+        example(computed(6), weight(6, 4)),
+        example(weight(4, 6), computed(2, 6, 3)),
+        example(weight(4, 6), computed(6), removable=False),
+        example(computed(2, 3, 5, 4), computed(2, 3, 4, 5)),
+        example(computed(2, 3, 6, 4), computed(3, 4, 5)),
+        example(computed(2, 3, 5, 4), weight(3, 4, 5)),
+        example(weight(3, 5, 4), computed(3, 4, 2)),
+    ),
+)
 def matmul(node: ir.Node) -> Statement:
     """y[..., n, m] = sum_k a[..., n, k] * b[..., k, m]"""
     first, second = array_of(node.inputs[0]), array_of(node.inputs[1])
@@ -32,7 +45,19 @@ def matmul(node: ir.Node) -> Statement:
     return Product(node)
 
 
-@rule("Gemm")
+@rule(
+    "Gemm",
+    examples=(
+        example(computed(5, 6), weight(6, 4), weight(4)),
+        example(computed(5, 6), weight(4, 6), weight(4), transB=1, alpha=0.5, beta=2.0),
+        example(computed(6, 5), weight(6, 4), weight(1, 4), transA=1),
+        example(computed(5, 6), weight(6, 4), alpha=0.5, beta=2.0),
+        example(computed(5, 6), weight(6, 4), weight(5, 4), removable=False),
+        example(computed(5, 6), weight(6, 4), weight(4), beta=0.0, removable=False),
+        example(computed(5, 6), computed(6, 4), removable=False),
+        example(computed(5, 6), weight(6, 4), computed(4), removable=False),
+    ),
+)
 def gemm(node: ir.Node) -> Statement:
     """y[n, m] = alpha * sum_k a[n, k] * b[k, m] + beta * c[m], with a or b transposed on request"""
     constant_at(node, 1, "the weight is")

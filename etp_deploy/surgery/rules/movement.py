@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from etp_deploy.surgery.examples import computed, example, indices, literal, weight
 from etp_deploy.surgery.rules.common import (
     attribute,
     constant_at,
@@ -30,26 +31,55 @@ if TYPE_CHECKING:
     from etp_deploy.surgery.statements.base import Statement
 
 
-@rule("Reshape")
+@rule(
+    "Reshape",
+    examples=(
+        example(computed(2, 6, 4), literal([2, 3, 2, 4])),
+        example(computed(2, 3, 2, 4), literal([0, 6, -1])),
+        example(computed(2, 6, 4), literal([2, 8, 3])),
+    ),
+)
 def reshape(node: ir.Node) -> Statement:
     """y = x under another shape, entries in the same order"""
     return Reshape(node, target=1)
 
 
-@rule("Flatten", "Squeeze", "Unsqueeze")
+@rule(
+    "Flatten",
+    "Squeeze",
+    "Unsqueeze",
+    examples=(
+        example(computed(2, 6, 4), operator="Flatten"),
+        example(computed(2, 6, 1, 4), literal([2]), operator="Squeeze"),
+        example(computed(2, 6, 4), literal([1]), operator="Unsqueeze"),
+    ),
+)
 def flatten(node: ir.Node) -> Statement:
     """y = x with axes merged, dropped or added, entries in the same order"""
     return Reshape(node)
 
 
-@rule("Transpose")
+@rule(
+    "Transpose",
+    examples=(
+        example(computed(2, 6, 4), perm=[0, 2, 1]),
+        example(computed(2, 6, 4)),
+    ),
+)
 def transpose(node: ir.Node) -> Statement:
     """y[perm(...)] = x[...]"""
     axes = rank(node.inputs[0])
     return Permute(node, tuple(attribute(node, "perm", tuple(reversed(range(axes))))))
 
 
-@rule("Expand")
+@rule(
+    "Expand",
+    examples=(
+        example(computed(2, 6, 1, 4), literal([2, 6, 3, 4])),
+        example(computed(6, 1), literal([2, 6, 4])),
+        example(weight(1), literal([2, 6, 4])),
+    ),
+)
 def expand(node: ir.Node) -> Statement:
     """y[...] = x[...], repeated along axes of size 1"""
     single = array_of(node.inputs[0])
@@ -58,14 +88,28 @@ def expand(node: ir.Node) -> Statement:
     return Expand(node)
 
 
-@rule("ConstantOfShape")
+@rule(
+    "ConstantOfShape",
+    examples=(
+        example(literal([2, 6, 4])),
+        example(literal([2, 6, 4]), value=np.array([0.5], np.float32)),
+        example(literal([2, 6, 4]), value=np.array([3], np.int64), removable=False),
+    ),
+)
 def constant_of_shape(node: ir.Node) -> Statement:
     """y[...] = value"""
     given = node.attributes.get("value")
     return Fill(node, 0, np.zeros((), np.float32) if given is None else given.as_tensor().numpy())
 
 
-@rule("GatherND")
+@rule(
+    "GatherND",
+    examples=(
+        example(computed(2, 6, 4), indices(3, 1, below=2)),
+        example(computed(2, 5, 6), indices(3, 2, 2, below=2)),
+        example(computed(2, 5, 6), indices(2, 3, 1, below=5), batch_dims=1, removable=False),
+    ),
+)
 def gather_nd(node: ir.Node) -> Statement:
     """y[..., rest] = x[indices[...], rest]"""
     data, indices = rank(node.inputs[0]), rank(node.inputs[1])
@@ -76,7 +120,14 @@ def gather_nd(node: ir.Node) -> Statement:
     return Pointwise(node, {0: axes}, constants="pass", whole="indexed along")
 
 
-@rule("ScatterND")
+@rule(
+    "ScatterND",
+    examples=(
+        example(computed(5, 6), indices(3, 1, below=5), computed(3, 6)),
+        example(computed(2, 5, 6), indices(2, 2, 2, below=2), computed(2, 2, 6)),
+        example(computed(5, 6), literal([[0], [2]]), weight(2, 6), reduction="add"),
+    ),
+)
 def scatter_nd(node: ir.Node) -> Statement:
     """y = x with y[indices[...], rest] = or += updates[..., rest]"""
     data, indices = rank(node.inputs[0]), rank(node.inputs[1])
@@ -88,7 +139,13 @@ def scatter_nd(node: ir.Node) -> Statement:
     return Pointwise(node, {0: own, 2: updates}, constants="zero", whole="indexed along")
 
 
-@rule("Concat")
+@rule(
+    "Concat",
+    examples=(
+        example(computed(2, 6, 4), computed(2, 3, 4), axis=1),
+        example(computed(2, 6, 4), weight(2, 2, 4), computed(2, 6, 4), axis=-2),
+    ),
+)
 def concat(node: ir.Node) -> Statement:
     """y[..., offset + j, ...] = x_i[..., j, ...]"""
     axis = normal_axis(int(attribute(node, "axis", 0)), rank(node.outputs[0]))
@@ -99,7 +156,14 @@ def concat(node: ir.Node) -> Statement:
     return Select(node, axis, [pieces], how="concat")
 
 
-@rule("Split")
+@rule(
+    "Split",
+    examples=(
+        example(computed(2, 6, 4), literal([2, 4]), axis=1, outputs=2),
+        example(computed(2, 6, 4), axis=-2, num_outputs=3, outputs=3),
+        example(computed(2, 6, 4), axis=1, split=[1, 5], outputs=2, opset=11),
+    ),
+)
 def split(node: ir.Node) -> Statement:
     """y_i[..., j, ...] = x[..., offset + j, ...]"""
     axis = normal_axis(int(attribute(node, "axis", 0)), rank(node.inputs[0]))
@@ -109,7 +173,27 @@ def split(node: ir.Node) -> Statement:
     return Select(node, axis, parts, how="split")
 
 
-@rule("Slice")
+@rule(
+    "Slice",
+    examples=(
+        example(computed(2, 6, 4), literal([1]), literal([5]), literal([1])),
+        example(
+            computed(2, 6, 4),
+            literal([0, 1]),
+            literal([2**63 - 1, 2**63 - 1]),
+            literal([0, -2]),
+            literal([1, 2]),
+        ),
+        example(computed(2, 6, 4), literal([0, 0]), literal([2, 3])),
+        example(computed(2, 6, 4), literal([0]), literal([2**63 - 1]), literal([1])),
+        example(computed(2, 6, 4), literal([1, 1]), literal([5, 3]), literal([1, 2]), removable=False),
+        example(
+            computed(2, 6, 4), literal([-1]), literal([-7]), literal([1]), literal([-1]), removable=False
+        ),
+        example(computed(2, 6, 4), indices(1, below=2), literal([5]), literal([1]), removable=False),
+        example(computed(2, 6, 4), starts=[1], ends=[5], axes=[1], opset=9, removable=False),
+    ),
+)
 def slice_(node: ir.Node) -> Statement:
     """y[..., j, ...] = x[..., start + j * step, ...]"""
     data = node.inputs[0]
@@ -158,14 +242,12 @@ def gather_channels(node: ir.Node, axis: int) -> Statement:
     """y[..., j, ...] = x[..., indices[j], ...] with constant indices"""
     indices = constant_at(node, 1, "its indices are")
     data = node.inputs[0]
-    if indices.ndim > 1:
-        raise RefusedError("it gathers by a table of indices")
     size = data.shape[axis] if data is not None and data.shape is not None else None
-    if not isinstance(size, int):
+    if indices.ndim > 1 or not isinstance(size, int):
         return _gather_unlabelled(node, axis, indices.ndim)
     flat = indices.reshape(-1).astype(np.int64) % size
     if len(np.unique(flat)) != len(flat):
-        raise RefusedError("it gathers an index more than once")
+        return _gather_unlabelled(node, axis, indices.ndim)
     return Select(node, axis, [[(0, flat)]], drop=indices.ndim == 0, how="gather")
 
 
@@ -177,7 +259,18 @@ def _gather_unlabelled(node: ir.Node, axis: int, between: int) -> Statement:
     return Pointwise(node, {0: axes}, constants="pass", whole="indexed along")
 
 
-@rule("Gather")
+@rule(
+    "Gather",
+    examples=(
+        example(computed(2, 6, 4), literal([4, 0, -1]), axis=1),
+        example(computed(2, 6, 4), literal(3), axis=-2),
+        example(computed(2, 6, 4), literal([[0, 1], [2, 3]]), axis=1),
+        example(computed(2, 6, 4), literal([1, 2, 1]), axis=1),
+        example(computed(2, 6, 4), indices(3, below=6), axis=1),
+        example(weight(7, 6), indices(2, 5, below=7)),
+        example(weight(6, 7), indices(2, 5, below=7), axis=1),
+    ),
+)
 def gather(node: ir.Node) -> Statement:
     """y[..., j, ...] = x[..., indices[j], ...]: channels by constant indices, or rows of a table"""
     data = node.inputs[0]
@@ -192,7 +285,14 @@ def gather(node: ir.Node) -> Statement:
     return Pointwise(node, {0: places}, constants="pass", whole="indexed along", fresh=columns)
 
 
-@rule("Shape", "Size")
+@rule(
+    "Shape",
+    "Size",
+    examples=(
+        example(computed(2, 6, 4), removable=False),
+        example(computed(2, 6, 4), start=0, end=-2, operator="Shape"),
+    ),
+)
 def shape(node: ir.Node) -> Statement:
     """y = sizes of x; what is read afterwards must not change"""
     return Opaque(node, "its size is read while the model runs", axes=_axes_read(node))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from etp_deploy.surgery.examples import computed, example, indices, literal
 from etp_deploy.surgery.rules.common import attribute, constant_at, input_at, normal_axis, rank
 from etp_deploy.surgery.rules.registry import rule
 from etp_deploy.surgery.statements.pointwise import AxisMap, Constants, Pointwise
@@ -41,37 +42,78 @@ def _reduction(node: ir.Node, constants: Constants) -> Statement:
     return Pointwise(node, {0: _axis_map(node)}, constants=constants, whole=whole)
 
 
-@rule("ReduceMax", "ReduceMin")
+@rule(
+    "ReduceMax",
+    "ReduceMin",
+    examples=(
+        example(computed(2, 6, 4, 4), literal([2, 3])),
+        example(computed(2, 6, 4), literal([-1]), keepdims=0),
+        example(computed(2, 6, 4), opset=13, axes=[1]),
+        example(computed(2, 6, 4), removable=False),
+        example(computed(2, 6, 4), noop_with_empty_axes=1),
+    ),
+)
 def reduce_to_itself(node: ir.Node) -> Statement:
     """y = maximum or minimum of x over axes; a constant stays itself"""
     return _reduction(node, "pass")
 
 
-@rule("ReduceMean")
+@rule(
+    "ReduceMean",
+    examples=(
+        example(computed(2, 6, 4, 4), literal([2, 3])),
+        example(computed(2, 6, 4, 4), literal([1]), keepdims=0),
+        example(computed(2, 6, 4), literal([1, 2])),
+    ),
+)
 def reduce_mean(node: ir.Node) -> Statement:
     """y = sum of x over axes / number of entries"""
     return Reduction(node, _axis_map(node), "mean")
 
 
-@rule("ReduceSum")
+@rule(
+    "ReduceSum",
+    examples=(
+        example(computed(2, 6, 4), literal([1])),
+        example(computed(2, 6, 4), literal([1, 2]), keepdims=0),
+        example(computed(2, 6, 4), indices(1, below=2), removable=False),
+    ),
+)
 def reduce_sum(node: ir.Node) -> Statement:
     """y = sum of x over axes"""
     return Reduction(node, _axis_map(node), "sum")
 
 
-@rule("ReduceSumSquare", "ReduceL1", "ReduceL2")
+@rule(
+    "ReduceSumSquare",
+    "ReduceL1",
+    "ReduceL2",
+    examples=(
+        example(computed(2, 6, 4), literal([1])),
+        example(computed(2, 6, 4), literal([2]), keepdims=0),
+    ),
+)
 def reduce_norm(node: ir.Node) -> Statement:
     """y = sum of squares, or norm, of x over axes; only zeros give nothing"""
     return Reduction(node, _axis_map(node), "norm")
 
 
-@rule("ReduceProd", "ReduceLogSum", "ReduceLogSumExp")
+@rule("ReduceProd", "ReduceLogSum", "ReduceLogSumExp", examples=(example(computed(2, 6, 4), literal([2])),))
 def reduce_other(node: ir.Node) -> Statement:
     """y = product or logarithm of a sum of x over axes"""
     return _reduction(node, "none")
 
 
-@rule("ArgMax", "ArgMin")
+@rule(
+    "ArgMax",
+    "ArgMin",
+    examples=(
+        example(computed(2, 6, 4), axis=2),
+        example(computed(2, 6, 4), axis=-2, keepdims=0),
+        example(computed(2, 6, 4), axis=2, select_last_index=1),
+        example(computed(4, 6)),
+    ),
+)
 def arg(node: ir.Node) -> Statement:
     """y = place of the extreme entry along an axis"""
     axes = rank(node.inputs[0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, TypeVar
 
+from etp_deploy.surgery.statements.body import Ties, bodies
 from etp_deploy.surgery.statements.opaque import Opaque
 
 if TYPE_CHECKING:
@@ -55,14 +56,17 @@ def covered() -> list[tuple[str, str]]:
 
 def statement(node: ir.Node) -> Statement:
     """Return what a node says about its tensors; a node without a rule pins them."""
-    if any(attribute.type.name in {"GRAPH", "GRAPHS"} for attribute in node.attributes.values()):
-        return Opaque(node, f"{node.op_type} has a body of its own")
     function = _RULES.get(("" if node.domain == "ai.onnx" else node.domain, node.op_type))
     if function is None:
-        return Opaque(
+        return unknown(
             node, f"no rule for the operator {node.domain + '.' if node.domain else ''}{node.op_type}"
         )
     try:
         return function(node)
     except RefusedError as refused:
-        return Opaque(node, str(refused))
+        return unknown(node, str(refused))
+
+
+def unknown(node: ir.Node, reason: str) -> Statement:
+    """Return the statement of a node of which nothing is assumed: its tensors stay, its bodies' interfaces too."""
+    return Ties(node, (), reason) if bodies(node) else Opaque(node, reason)

@@ -6,9 +6,11 @@ import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import ml_dtypes
 import numpy as np
 
 from etp_deploy.surgery.shapes import ONE, Size, Structure, axis_size, frame, frame_dims, is_parameter, plain
+from etp_deploy.tensors import unshared
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -42,6 +44,23 @@ class GatherInput:
     split: tuple[int, ...]
     indices: tuple[np.ndarray, ...]
     merged: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TakeEntries:
+    """Take these entries of an initializer input (flat, in the new shape), and add to them.
+
+    Attributes:
+        index: the input.
+        positions: which entries.
+        added: what to add to them, None for nothing.
+        slack: how much of a difference rounding makes to what is added.
+    """
+
+    index: int
+    positions: np.ndarray
+    added: np.ndarray | None = None
+    slack: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -86,18 +105,45 @@ class Affine:
     offset: np.ndarray | None
 
 
-Edit = SetInput | SliceInput | GatherInput | SetAttribute | SetShape | SetSlice | AddVector | Affine
+@dataclass(frozen=True)
+class FreeShape:
+    """Forget the shape that an input or output of a body declares."""
+
+    value: ir.Value
+
+
+Edit = (
+    SetInput
+    | SliceInput
+    | GatherInput
+    | TakeEntries
+    | SetAttribute
+    | SetShape
+    | SetSlice
+    | AddVector
+    | Affine
+    | FreeShape
+)
 
 
 class Statement:
     """How one node relates the channels of its inputs and outputs.
 
     The stages call the methods in this order: `structure` and `constants` once, walking forward; `spread` and
-    `repair` until nothing grows; `layout` walking forward; `edits` at the end.
+    `repair` until nothing grows; `layout` walking forward; `edits` at the end. Of a node with bodies, `enter`
+    comes before the walk through them, which is repeated until `holds`, and `enter_layout` before their layout.
     """
 
     def __init__(self, node: ir.Node) -> None:
         self.node = node
+
+    def enter(self, state: State) -> None:
+        """Say what is known of the inputs of the node's bodies."""
+
+    def holds(self, state: State) -> bool:
+        """Say whether the bodies keep to what `enter` said, which says less the next time if not."""
+        del state
+        return True
 
     def structure(self, state: State) -> None:
         """Say which axes of the outputs are labelled, and pin what this node cannot let go."""
@@ -113,6 +159,9 @@ class Statement:
         """Keep what a valid tensor needs beyond liveness (equal counts); say whether anything grew."""
         del state
         return False
+
+    def enter_layout(self, state: State) -> None:
+        """Say in which order the kept positions stand in the inputs of the node's bodies."""
 
     def layout(self, state: State) -> None:
         """Say in which order the kept positions stand in the outputs.
@@ -136,6 +185,11 @@ class Statement:
         yield from ()
 
 
+def floating(dtype: np.dtype) -> bool:
+    """Return whether numbers of a type are floating-point ones (bfloat16 is none of numpy's own)."""
+    return dtype.kind == "f" or dtype == ml_dtypes.bfloat16
+
+
 def default_layout(state: State, value: ir.Value) -> None:
     """Lay out a tensor of which all stays."""
     structure = state.structure(value)
@@ -154,10 +208,14 @@ def set_plain(state: State, value: ir.Value) -> None:
 
 
 def array_of(value: ir.Value | None) -> np.ndarray | None:
-    """Return an initializer's array (memory-mapped where it is external), or None for any other tensor."""
+    """Return an initializer's array, or None for any other tensor.
+
+    External data is mapped anew at each call and unmapped with the array: hold on to none, and memory follows the
+    largest tensor, not the model.
+    """
     if value is None or not is_parameter(value) or value.const_value is None:
         return None
-    return value.const_value.numpy()
+    return unshared(value.const_value).numpy()
 
 
 def new_sizes(structure: Structure, reduced: tuple[int, ...]) -> tuple[tuple[Size, bool], ...]:
@@ -181,9 +239,30 @@ def cut_size(edit: Edit, value: ir.Value) -> tuple[int, bytes]:
         case SliceInput(_, takes):
             size = int(value.const_value.size)
             for axis, line in takes:
-                size = size // value.const_value.numpy().shape[axis] * line.size
+                size = size // value.const_value.shape.numpy()[axis] * line.size
             return size, b"".join(bytes([axis]) + line.tobytes() for axis, line in takes)
         case GatherInput(_, _, indices, merged):
             return int(np.prod(merged)), b"".join(index.tobytes() for index in indices)
+        case TakeEntries(_, positions, added, _):
+            content = positions.tobytes() + (b"" if added is None else added.tobytes())
+            return positions.size, hashlib.sha256(content).digest()
         case _:
             return 0, b""
+
+
+def taken(edit: Edit, shape: tuple[int, ...]) -> np.ndarray | None:
+    """Return which entries (flat, in the new shape) an edit leaves of an initializer; None where it sets others."""
+    positions: np.ndarray
+    match edit:
+        case SliceInput(_, takes):
+            positions = np.arange(int(np.prod(shape))).reshape(shape)
+            for axis, line in takes:
+                positions = np.take(positions, line, axis=axis)
+            return positions
+        case GatherInput(_, split, indices, merged):
+            positions = np.arange(int(np.prod(shape))).reshape(split)[indices].reshape(merged)
+            return positions
+        case TakeEntries():
+            return edit.positions
+        case _:
+            return None

@@ -25,20 +25,33 @@ from etp_deploy.surgery.statements.base import (
     Edit,
     SetAttribute,
     SetInput,
+    SliceInput,
     Statement,
+    TakeEntries,
     array_of,
     default_layout,
     set_plain,
 )
 from etp_deploy.surgery.statements.pointwise import missing_rows
-from etp_deploy.surgery.statements.weights import Weight, take_merged
+from etp_deploy.surgery.statements.weights import Reads, Weight, merged_places
+from etp_deploy.surgery.stored import stored
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     import onnx_ir as ir
 
     from etp_deploy.surgery.state import State
+
+
+CONVOLUTIONS = frozenset({"Conv", "ConvTranspose", "QLinearConv", "ConvInteger"})
+# matrix products that may transpose their data
+TRANSPOSING = frozenset({"Gemm", "QGemm"})
+NO_CARRIER = (
+    "its constant meets zero padding, and the weight cannot carry it in the form in which it is stored, at"
+)
+# what float32 sums of products may be off by, as a share of the products' magnitudes
+ROUNDING = 1e-6
 
 
 class Contraction(Statement):
@@ -54,6 +67,8 @@ class Contraction(Statement):
         bordered: why a constant channel does not give a constant output (zero padding); empty if it does.
         bias_scale: what a sum over channels is multiplied by before it may be added to the bias (Gemm).
         out_scale: what their sum is multiplied by (Gemm).
+        sources: for each axis of the output the data's axis that it is, index by index; None where there is none.
+            Left out, it follows from the operator.
     """
 
     def __init__(
@@ -68,6 +83,7 @@ class Contraction(Statement):
         bordered: bool = False,
         bias_scale: float = 1.0,
         out_scale: float = 1.0,
+        sources: tuple[int | None, ...] | None = None,
     ) -> None:
         super().__init__(node)
         value = node.inputs[data]
@@ -81,9 +97,15 @@ class Contraction(Statement):
         self.bordered = bordered
         self.bias_scale = bias_scale
         self.out_scale = out_scale
+        self.sources = sources
         self.active = False
         self._seen: np.ndarray | None = None
         self._constants: tuple[np.ndarray, np.ndarray] | None = None
+
+    @property
+    def windowed(self) -> bool:
+        """Whether the operator slides a window over space, a convolution."""
+        return self.node.op_type in CONVOLUTIONS
 
     # structure
 
@@ -101,20 +123,24 @@ class Contraction(Statement):
         if labels > 1 or (labels and self.weight.groups > 1 and len(structure[self.data_axis]) > 1):
             state.pin(self.data, self.data_axis, "several axes are merged here", self.node)
             structure = _without_labels(structure, self.data_axis)
+        if self._block() > 1 and not all(factor.labelled for factor in structure[self.data_axis]):
+            state.pin(
+                self.data, self.data_axis, "channels that share a scale are merged with others", self.node
+            )
+            structure = _without_labels(structure, self.data_axis)
         out = list(plain(shape))
         for axis in range(len(out)):
             source = self._source_axis(axis)
             if source is not None and self._passes(source):
                 out[axis] = structure[source]
         self._axis: Axis = structure[self.data_axis]
-        # a view wherever the layout allows: weights may be memory-mapped
-        self._flat = self.weight.flattened(self._array(), self._axis)
-        self.nonzero = (self._flat != 0).any(axis=3)
-        outputs = self.nonzero.shape[0] * self.nonzero.shape[1]
+        flat = self._flat()
+        self.reads = Reads(flat[..., 0] != 0 if flat.shape[3] == 1 else (flat != 0).any(axis=3))
+        outputs = self.reads.shape[0] * self.reads.shape[1]
         out[self.out_axis] = labelled(outputs) if outputs > 1 else plain((1,))[0]
         self.active = True
         state.set_structure(self.out, tuple(out))
-        self._frames(structure, tuple(out))
+        self._frames(frame(state.structure(self.data) or structure), structure, tuple(out))
         if len(self._batch) and len(self._data_dims):
             state.product.add(self.data)
         if len(self._batch):
@@ -122,35 +148,54 @@ class Contraction(Statement):
 
     def _passes(self, axis: int) -> bool:
         """Whether an axis of the data is an axis of the output, index by index (all but Conv's space)."""
-        return axis != self.data_axis and (self.node.op_type in {"MatMul", "Gemm"} or axis == 0)
+        if self.sources is not None:
+            return axis in self.sources
+        return axis != self.data_axis and (not self.windowed or axis == 0)
 
     def _source_axis(self, out_axis: int) -> int | None:
         """Return the data's axis that an output axis comes from; MatMul and Gemm exchange one, Conv keeps all."""
         if out_axis == self.out_axis:
             return None
-        if self.node.op_type == "Gemm" and self.data_axis == 0:
+        if self.sources is not None:
+            return self.sources[out_axis]
+        if self.node.op_type in TRANSPOSING and self.data_axis == 0:
             return 1
         return out_axis
 
     def _sums(self, value: np.ndarray) -> np.ndarray:
         """Return sum_i w[o, i] * value[i] over groups and kernels, as it may be added to the bias."""
-        result = np.zeros(self.nonzero.shape[:2])
-        for group in range(self.nonzero.shape[0]):
+        return self._weighted(value, np.asarray)
+
+    def _weighted(self, value: np.ndarray, form: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        """As `_sums`, of the weight in another form."""
+        result = np.zeros(self.reads.shape[:2])
+        if not value.any():
+            return result
+        flat = self._flat()
+        for group in range(self.reads.shape[0]):
             columns = np.flatnonzero(value[group])
             if columns.size:
-                weights = self._flat[group][:, columns].sum(axis=2, dtype=np.float64)
+                weights = form(flat[group][:, columns]).sum(axis=2, dtype=np.float64)
                 result[group] = weights @ value[group][columns]
         return result * self.bias_scale
+
+    def _flat(self) -> np.ndarray:
+        """Return the weight as (group, output, labelled input position, all the rest), for the moment.
+
+        A view wherever the layout allows, and never held on to: weights may be memory-mapped.
+        """
+        return self.weight.flattened(self._array(), self._axis)
 
     def _array(self) -> np.ndarray:
         array = array_of(self.node.inputs[self.weight.index])
         assert array is not None
         return array
 
-    def _frames(self, structure: Structure, out: Structure) -> None:
-        self._data_frame, self._out_frame = frame(structure), frame(out)
+    def _frames(self, whole: tuple[int, ...], structure: Structure, out: Structure) -> None:
+        """Set the frames' dimensions; the data's frame is whole, though a pinned axis counts as one index."""
+        self._data_frame, self._out_frame = whole, frame(out)
         dims = frame_dims(structure, self.data_axis)
-        self._data_dims = [dim for dim in dims if self._data_frame[dim] > 1]
+        self._data_dims = [dim for dim in dims if frame(structure)[dim] > 1]
         self._out_dim = frame_dims(out, self.out_axis)[0]
         self._batch: list[tuple[int, int]] = []
         for axis in range(len(out)):
@@ -178,11 +223,11 @@ class Contraction(Statement):
         """Return which input channels stay, as (group, input of the group)."""
         mask = state.mask(self.data)
         if not self._data_dims:
-            return np.ones(self.nonzero.shape[::2], bool)
+            return np.ones(self.reads.shape[::2], bool)
         return self._by_group(self._along_data(mask))
 
     def _kept_outputs(self, state: State) -> np.ndarray:
-        return self._along_out(state.mask(self.out)).reshape(self.nonzero.shape[:2])
+        return self._along_out(state.mask(self.out)).reshape(self.reads.shape[:2])
 
     def _held(self, state: State) -> tuple[np.ndarray, np.ndarray]:
         """Return which input channels are known constants, and their values, as (group, input of the group)."""
@@ -191,7 +236,7 @@ class Contraction(Statement):
         return self._constants
 
     def _read_constants(self, state: State) -> tuple[np.ndarray, np.ndarray]:
-        shape = (self.weight.groups, self.nonzero.shape[2])
+        shape = (self.weight.groups, self.reads.shape[2])
         constant = state.constant(self.data)
         if constant is None or (not self._data_dims and constant.known.size > 1):
             return np.zeros(shape, bool), np.zeros(shape)
@@ -211,8 +256,8 @@ class Contraction(Statement):
         if not self.active:
             return
         known, value = self._held(state)
-        usable = known & (value == 0) if self.bordered else known
-        read_unknown = (self.nonzero & ~usable[:, None, :]).any(axis=2)
+        usable = known & (value == 0) if self._only_zeros() else known
+        read_unknown = self.reads.outputs(~usable)
         if read_unknown.all():
             return
         result = self._sums(value).reshape(-1)
@@ -222,12 +267,23 @@ class Contraction(Statement):
             rows = bias.reshape(-1, bias.shape[-1] if bias.ndim else 1)
             ok = ok & np.broadcast_to((rows == rows[:1]).all(axis=0), ok.shape)
             result = result + rows[0].astype(np.float64)
-        result = result * self.out_scale
         shape = [1] * len(self._out_frame)
         shape[self._out_dim] = -1
-        dtype = self._array().dtype
         if ok.size == self._out_frame[self._out_dim]:
-            state.set_constant(self.out, ok.reshape(shape), result.astype(dtype).reshape(shape))
+            state.set_constant(self.out, ok.reshape(shape), self._finished(result).reshape(shape))
+
+    def _only_zeros(self) -> bool:
+        """Whether constants other than zero make an output that is not one."""
+        return self.bordered
+
+    def _finished(self, result: np.ndarray) -> np.ndarray:
+        """Return the output for a sum with its bias."""
+        return (result * self.out_scale).astype(self._array().dtype)
+
+    @property
+    def _sum_type(self) -> np.dtype:
+        """The type of the bias."""
+        return self._array().dtype
 
     # masks
 
@@ -243,14 +299,24 @@ class Contraction(Statement):
         kept = self._kept_outputs(state)
         if self._seen is None:
             self._seen = np.zeros_like(kept)
-            self._needed = np.zeros(self.nonzero.shape[::2], bool)
-        for group, output in np.argwhere(kept & ~self._seen) if kept.shape[0] > 1 else []:
-            self._needed[group] |= self.nonzero[group, output]
-        if kept.shape[0] == 1:
-            self._needed[0] |= self.nonzero[0][kept[0] & ~self._seen[0]].any(axis=0)
+            self._needed = np.zeros(self.reads.shape[::2], bool)
+        if (kept & ~self._seen).any():
+            self._needed |= self.reads.inputs(kept & ~self._seen)
         self._seen = kept.copy()
-        wanted = self._needed & ~self._held(state)[0]
-        self._grow_inputs(state, wanted, Cause("read with a weight that is not zero by", self.node, self.out))
+        known, value = self._held(state)
+        self._grow_inputs(
+            state, self._needed & ~known, Cause("read with a weight that is not zero by", self.node, self.out)
+        )
+        rigid = self._rigid()
+        if rigid:
+            cause = Cause(rigid, self.node, self.out, spare=True)
+            self._grow_inputs(state, self._needed & (value != 0), cause)
+
+    def _rigid(self) -> str:
+        """Return why removed constants that are not zero could not be made up for; empty where they can."""
+        if self.bordered and stored(self.node.inputs[self.weight.index]) is not None:
+            return NO_CARRIER
+        return ""
 
     def keep_inputs(self, state: State, wanted: np.ndarray, text: str) -> bool:
         """Keep dead input channels (a vector along the contracted axis) for a reason; return whether any is new."""
@@ -297,12 +363,12 @@ class Contraction(Statement):
 
     def _spread_groups(self, state: State) -> None:
         """A depthwise channel stays on both sides or on neither."""
-        if not self._data_dims or self.nonzero.shape[2] != 1:
+        if not self._data_dims or self.reads.shape[2] != 1:
             return
         kept = np.asarray(self._kept_outputs(state).any(axis=1, keepdims=True))
         self._grow_inputs(state, kept, Cause("read by the same group of", self.node, self.out))
         inputs = self.kept_inputs(state)
-        if self.nonzero.shape[1] == 1:
+        if self.reads.shape[1] == 1:
             self._grow_outputs(state, inputs, Cause("made by the same group of", self.node, self.data))
 
     def _grow_outputs(self, state: State, wanted: np.ndarray, cause: Cause) -> bool:
@@ -324,7 +390,20 @@ class Contraction(Statement):
         grown = self._repair_batch(state)
         if self.weight.groups > 1:
             grown |= self._repair_groups(state)
-        return grown
+        return grown | (self._block() > 1 and self._repair_blocks(state))
+
+    def _block(self) -> int:
+        """Return how many neighbouring input channels can only go together, since they share a scale."""
+        form = stored(self.node.inputs[self.weight.index])
+        return 1 if form is None or self.weight.groups > 1 else form.block_along(self.weight.contracted)
+
+    def _repair_blocks(self, state: State) -> bool:
+        if not self._data_dims:
+            return False
+        kept = self.kept_inputs(state)[0]
+        blocks = np.arange(kept.size) // self._block()
+        cause = Cause("a block of channels shares a scale at", self.node, spare=True)
+        return self._grow_inputs(state, np.isin(blocks, blocks[kept]), cause)
 
     def _repair_batch(self, state: State) -> bool:
         if not self._batch or not self._data_dims:
@@ -335,7 +414,7 @@ class Contraction(Statement):
     def _repair_groups(self, state: State) -> bool:
         cause = Cause("groups keep equal counts at", self.node, spare=True)
         outputs = self._kept_outputs(state)
-        inputs = self.kept_inputs(state) if self._data_dims else np.ones(self.nonzero.shape[::2], bool)
+        inputs = self.kept_inputs(state) if self._data_dims else np.ones(self.reads.shape[::2], bool)
         groups = np.asarray(outputs.any(axis=1) | (inputs.any(axis=1) & bool(self._data_dims)))
         if not self._data_dims:
             groups = np.ones_like(groups)
@@ -349,11 +428,11 @@ class Contraction(Statement):
         The result is True for each channel of a group, as (group, input of the group), that the group could keep
         as its carrier, and all False where nothing is needed.
         """
-        if not (self.active and self.bordered and self._data_dims):
+        if not (self.active and self.bordered and self._data_dims) or self._rigid():
             return np.zeros((1, 1), bool)
         known, value = self._held(state)
         usable = known & (value != 0)
-        read = (self.nonzero & self._kept_outputs(state)[:, :, None]).any(axis=1)
+        read = self.reads.inputs(self._kept_outputs(state))
         kept = self.kept_inputs(state)
         lacking = (usable & read & ~kept).any(axis=1) & ~(usable & kept).any(axis=1)
         return np.asarray(usable & lacking[:, None])
@@ -403,7 +482,8 @@ class Contraction(Statement):
         state.layouts[self.out] = layout
 
     def _row_coordinate(self, state: State, own: int) -> np.ndarray:
-        coordinate = coordinates(state.layouts[self.data], self._data_frame)[own]
+        # the tensor's own frame: labels that are pinned along the contracted axis are not in ours
+        coordinate = coordinates(state.layouts[self.data], state.mask(self.data).shape)[own]
         others = tuple(dim for dim in range(coordinate.ndim) if dim != own)
         low, high = coordinate.min(axis=others), coordinate.max(axis=others)
         if not np.array_equal(low, high):
@@ -413,7 +493,7 @@ class Contraction(Statement):
     def _input_order(self, state: State) -> np.ndarray:
         """Return the contracted positions in the data's order (positions of the flattened labels)."""
         if not self._data_dims:
-            return np.arange(self.nonzero.shape[0] * self.nonzero.shape[2])
+            return np.arange(self.reads.shape[0] * self.reads.shape[2])
         layout = state.layouts[self.data]
         coords = coordinates(layout, self._data_frame)
         lines = []
@@ -431,7 +511,7 @@ class Contraction(Statement):
             return np.zeros(1, np.int64)
         if not self._data_dims:
             return np.arange(self.weight.groups)
-        per_group = self.nonzero.shape[2]
+        per_group = self.reads.shape[2]
         groups = self._input_order(state) // per_group
         kept = self.kept_inputs(state)
         width = int(kept.sum(axis=1).max(initial=1))
@@ -439,6 +519,15 @@ class Contraction(Statement):
         if (rows != rows[:, :1]).any():
             raise ConflictError([self.data, self.out])
         return np.asarray(rows[:, 0])
+
+    def check(self, state: State) -> None:
+        """Raise a conflict where channels that share a scale no longer stand together."""
+        block = self._block() if self.active else 1
+        if block == 1 or not self._data_dims:
+            return
+        order = self._input_order(state)
+        if not np.array_equal(order % block, np.arange(order.size) % block):
+            raise ConflictError([self.data])
 
     # edits
 
@@ -449,19 +538,36 @@ class Contraction(Statement):
         outputs, inputs = self._kept_outputs(state), self.kept_inputs(state)
         known, value = self._held(state)
         gone = known & ~inputs if self._data_dims else np.zeros_like(known)
-        folded = (self.nonzero & outputs[:, :, None] & (gone & (value != 0))[:, None, :]).any()
         if outputs.all() and inputs.all():
             return
-        grouped = self.weight.grouped(self._array())
-        if folded and self.bordered:
-            grouped = self._with_carrier(grouped, gone, known & inputs, value)
+        folded = bool((self.reads.inputs(outputs) & gone & (value != 0)).any())
         order = state.layouts[self.out]
         channels = self._out_channels(order)
-        yield SetInput(self.weight.index, self.weight.ungrouped(self._cut(state, grouped, channels)))
-        yield from self._bias_edits(channels, gone, value, folded and not self.bordered)
+        yield from self._weight_edits(state, channels, gone if folded and self.bordered else None)
+        yield from self._bias_edits(channels, gone, value, folded=folded and not self.bordered)
         groups = len(self._group_order(state))
         if self.weight.groups > 1 and groups != self.weight.groups:
             yield SetAttribute("group", groups)
+
+    def _weight_edits(self, state: State, channels: np.ndarray, carried: np.ndarray | None) -> Iterator[Edit]:
+        """Cut the weight, in the form in which it is stored; `carried` are removed inputs that a carrier stands for."""
+        weight = self.weight
+        if stored(self.node.inputs[weight.index]) is not None:
+            yield self._entries_edit(state, channels)
+        elif weight.groups == 1 and carried is None:
+            yield self._plain_cut(state, channels)
+        else:
+            grouped = weight.grouped(self._array())
+            if carried is not None:
+                known, value = self._held(state)
+                grouped = self._with_carrier(grouped, carried, known & self.kept_inputs(state), value)
+            yield SetInput(weight.index, weight.ungrouped(self._cut(state, grouped, channels)))
+
+    def _entries_edit(self, state: State, channels: np.ndarray) -> TakeEntries:
+        """Say which entries of the weight to take, whatever form it is stored in."""
+        array = self._array()
+        places = self.weight.grouped(np.arange(array.size).reshape(array.shape))
+        return TakeEntries(self.weight.index, self.weight.ungrouped(self._cut(state, places, channels)))
 
     def _out_channels(self, layout: np.ndarray) -> np.ndarray:
         if self._out_frame[self._out_dim] == 1:
@@ -475,6 +581,7 @@ class Contraction(Statement):
     ) -> np.ndarray:
         """Let one kept constant channel of each group carry the removed ones: w_j += sum_i w_i c_i / c_j."""
         grouped = grouped.astype(np.float64)
+        by_label = self.weight.by_label(grouped, self._axis)
         for group in range(grouped.shape[0]):
             removed = np.flatnonzero(gone[group] & (value[group] != 0))
             candidates = np.flatnonzero(present[group] & (value[group] != 0))
@@ -482,11 +589,20 @@ class Contraction(Statement):
                 continue
             carrier = candidates[np.argmax(np.abs(value[group][candidates]))]
             scale = value[group][removed] / value[group][carrier]
-            grouped[group, :, carrier] += np.einsum("oi...,i->o...", grouped[group][:, removed], scale)
+            by_label[group, :, carrier] += np.einsum("oi...,i->o...", by_label[group][:, removed], scale)
         return grouped.astype(self._array().dtype)
 
+    def _plain_cut(self, state: State, channels: np.ndarray) -> SliceInput:
+        """Say which outputs and inputs to take, so that the cut can be made as the weight is written."""
+        takes = []
+        if self._out_frame[self._out_dim] > 1 and len(channels) < self.reads.shape[1]:
+            takes.append((self.weight.out, channels))
+        if self._data_dims:
+            takes.append((self.weight.contracted, merged_places(self._axis, self._input_order(state))))
+        return SliceInput(self.weight.index, tuple(takes))
+
     def _cut(self, state: State, grouped: np.ndarray, channels: np.ndarray) -> np.ndarray:
-        per_output, per_input = self.nonzero.shape[1], self.nonzero.shape[2]
+        per_output, per_input = self.reads.shape[1], self.reads.shape[2]
         order = self._group_order(state)
         rows = (channels % per_output).reshape(len(order), -1)
         if self._out_frame[self._out_dim] == 1:
@@ -496,22 +612,27 @@ class Contraction(Statement):
         columns = self._input_order(state)
         if self.weight.groups == 1:
             taken = np.take(grouped[0], rows[0], axis=0) if len(rows[0]) < grouped.shape[1] else grouped[0]
-            return take_merged(taken, self._axis, columns)[None]
+            return np.take(taken, merged_places(self._axis, columns), axis=1)[None]
         inner = (columns % per_input).reshape(len(order), -1)
         return np.asarray(grouped[order[:, None, None], rows[:, :, None], inner[:, None, :]])
 
     def _bias_edits(
-        self, channels: np.ndarray, gone: np.ndarray, value: np.ndarray, folded: bool
+        self, channels: np.ndarray, gone: np.ndarray, value: np.ndarray, *, folded: bool
     ) -> Iterator[Edit]:
-        dtype = self._array().dtype
-        share = self._sums(np.where(gone, value, 0.0)).reshape(-1)[channels]
+        dtype = self._sum_type
+        removed = np.where(gone, value, 0.0)
+        share = self._sums(removed).reshape(-1)[channels] if folded else np.zeros(0)
         bias = array_of(self._bias_value())
         if bias is not None and self.bias is not None:
-            cut = bias if not bias.ndim or bias.shape[-1] == 1 else np.take(bias, channels, axis=-1)
+            along = channels if bias.ndim and bias.shape[-1] > 1 else np.zeros(len(channels), np.int64)
+            places = np.arange(bias.size).reshape(bias.shape or (1,))
             if folded:
-                cut = (cut.astype(np.float64) + share).astype(dtype)
-            if folded or cut.shape != bias.shape:
-                yield SetInput(self.bias, cut)
+                form = stored(self._bias_value())
+                slack = None if form is None else np.abs(self._weighted(np.abs(removed), np.abs)).reshape(-1)
+                allowed = None if slack is None else ROUNDING * slack[channels]
+                yield TakeEntries(self.bias, np.take(places, along, axis=-1), share, allowed)
+            elif bias.ndim and bias.shape[-1] > 1 and not np.array_equal(along, np.arange(bias.shape[-1])):
+                yield TakeEntries(self.bias, np.take(places, along, axis=-1))
         elif folded and self.bias is not None:
             yield SetInput(self.bias, share.astype(dtype))
         elif folded:

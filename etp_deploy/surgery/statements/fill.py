@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from etp_deploy.surgery.shapes import labelled, plain
-from etp_deploy.surgery.statements.base import Edit, SetShape, Statement, array_of, new_sizes, set_plain
+from etp_deploy.surgery.statements.base import (
+    Edit,
+    SetShape,
+    Statement,
+    array_of,
+    floating,
+    new_sizes,
+    set_plain,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -38,7 +46,7 @@ class Fill(Statement):
         given = self.node.inputs[self.target]
         producer = None if given is None else given.producer()
         writable = array_of(given) is not None or (producer is not None and producer.op_type == "Concat")
-        if shape is None or not writable or self.value.dtype.kind != "f":
+        if shape is None or not writable or not floating(self.value.dtype):
             set_plain(state, self.out)
             return
         base = plain(shape)

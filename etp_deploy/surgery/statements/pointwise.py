@@ -29,6 +29,7 @@ from etp_deploy.surgery.statements.base import (
     Statement,
     array_of,
     default_layout,
+    floating,
     new_sizes,
     set_plain,
 )
@@ -60,6 +61,9 @@ class Pointwise(Statement):
         same_entries: whether the output's entries are the input's (Identity), so that sums stay what they are.
         fresh: output axes whose indices are channels of a constant operand (the columns of an embedding table).
     """
+
+    alone = True
+    """Whether further outputs, where they are used, depend on all channels."""
 
     def __init__(
         self,
@@ -100,7 +104,7 @@ class Pointwise(Statement):
         """Each output axis is labelled as the operands' axes are; operands that differ there are pinned."""
         for value in self.node.outputs[1:]:
             set_plain(state, value)
-            if value.uses() or value.is_graph_output():
+            if self.alone and (value.uses() or value.is_graph_output()):
                 self.maps_pinned(state, "a second output of the node is used")
         shape = self.out.shape
         structures = {index: state.structure(self._value(index)) for index in self._live()}
@@ -153,7 +157,7 @@ class Pointwise(Statement):
         for index, axis_map in self.maps.items():
             value = self._value(index)
             array = array_of(value)
-            floats = array is not None and array.dtype.kind == "f"
+            floats = array is not None and floating(array.dtype)
             if array is not None and floats and axis in axis_map and array.shape[axis_map.index(axis)] > 1:
                 return True
         return False

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -28,6 +28,8 @@ from etp_deploy.surgery.statements.invariance import shifts_vanish
 from etp_deploy.surgery.statements.pointwise import missing_rows
 from etp_deploy.surgery.statements.slicing import take_channels
 
+Item = TypeVar("Item")
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -40,14 +42,23 @@ class Product(Statement):
     """A matrix product whose operands are computed, or which are constants with axes of their own for each head.
 
     All frames are brought into one common frame of the axes (batch..., n, k, m).
+
+    Args:
+        node: the node.
+        transposed: whether each operand is read with its last two axes exchanged.
+        scale: what the product is multiplied by.
     """
 
-    def __init__(self, node: ir.Node) -> None:
+    def __init__(
+        self, node: ir.Node, *, transposed: tuple[bool, bool] = (False, False), scale: float = 1.0
+    ) -> None:
         super().__init__(node)
         first, second = node.inputs[0], node.inputs[1]
         assert first is not None
         assert second is not None
         self.operands = (first, second)
+        self.transposed = (*transposed, False)
+        self.scale = scale
         self.out = node.outputs[0]
         self.shiftable = shifts_vanish(self.out)
         self.active = False
@@ -63,7 +74,7 @@ class Product(Statement):
                 state.pin(value, None, "shapes are not known here", self.node)
             set_plain(state, self.out)
             return
-        first, second = structures[0] or (), structures[1] or ()
+        first, second = (self._exchanged(item or (), which) for which, item in enumerate(structures))
         rank = max(len(first), len(second))
         # common axes: batch 0 .. rank-3, then n, k, m
         roles = (
@@ -83,7 +94,10 @@ class Product(Statement):
         state.set_structure(self.out, out)
         self.active = any(has_labels(axis) for axis in common)
         self.structures = tuple(
-            self._adapted(s, role) for s, role in zip((first, second, out), self.roles, strict=True)
+            self._adapted(s, role, whole=value is not self.out and is_parameter(value))
+            for value, s, role in zip(
+                (*self.operands, self.out), (first, second, out), self.roles, strict=True
+            )
         )
 
     def _common_axis(
@@ -94,11 +108,12 @@ class Product(Statement):
         roles: tuple[tuple[int, ...], tuple[int, ...]],
     ) -> Axis:
         found: list[tuple[ir.Value, int, Axis]] = []
-        for value, structure, role in zip(self.operands, structures, roles, strict=True):
+        for which, (structure, role) in enumerate(zip(structures, roles, strict=True)):
             if axis in role:
-                own = role.index(axis)
-                if axis_size(structure[own]) != ONE:
-                    found.append((value, own, structure[own]))
+                place = role.index(axis)
+                if axis_size(structure[place]) != ONE:
+                    own = self._exchanged(tuple(range(len(structure))), which)[place]
+                    found.append((self.operands[which], own, structure[place]))
         live = [item for item in found if not is_parameter(item[0])]
         labels = {factors for _, _, factors in live if has_labels(factors)}
         if not labels:
@@ -109,14 +124,30 @@ class Product(Statement):
             state.pin(value, own, "it meets an axis of which nothing can be removed", self.node)
         return unlabelled(live[0][2])
 
-    def _adapted(self, structure: Structure, role: tuple[int, ...]) -> Structure:
-        """Give an operand the common structure where it has the axis at full size, factor by factor."""
+    def _exchanged(self, axes: tuple[Item, ...], which: int) -> tuple[Item, ...]:
+        """Return what belongs to an operand's axes, in the order in which it is read."""
+        return (*axes[:-2], axes[-1], axes[-2]) if self.transposed[which] else axes
+
+    def _turn(self, which: int) -> list[int]:
+        """Return the dimensions of a tensor's own frame in the order in which it is read."""
+        own = self._exchanged(self.structures[which], which)
+        axes = self._exchanged(tuple(range(len(own))), which)
+        return [dim for axis in axes for dim in frame_dims(own, axis)]
+
+    def _adapted(self, structure: Structure, role: tuple[int, ...], *, whole: bool) -> Structure:
+        """Give an operand the common structure where it has the axis at full size, factor by factor.
+
+        Args:
+            structure: the operand's.
+            role: the common axis of each of its axes.
+            whole: whether its axes are not cut into factors yet (a constant's).
+        """
         adapted: list[Axis] = []
         for axis, place in zip(structure, role, strict=True):
             common = self.common[place]
-            if axis_size(axis) != axis_size(common):
+            if axis_size(axis) == ONE:
                 adapted.append(axis)
-            elif len(axis) == len(common):
+            elif axis_size(axis) == axis_size(common) and (whole or len(axis) == len(common)):
                 adapted.append(common)
             else:
                 adapted.append(tuple(Factor(factor.size) for factor in axis))
@@ -126,6 +157,10 @@ class Product(Statement):
 
     def _lift(self, array: np.ndarray, which: int, reduce: np.ufunc = np.logical_or) -> np.ndarray:
         """Bring an operand's (0, 1) or the output's (2) frame array into the common frame."""
+        return self._place(np.transpose(array, self._turn(which)), which, reduce)
+
+    def _place(self, array: np.ndarray, which: int, reduce: np.ufunc) -> np.ndarray:
+        """Bring an array whose dimensions stand as they are read into the common frame."""
         own, role = self.structures[which], self.roles[which]
         shape = [1] * len(frame(self.common))
         expected = frame(own)
@@ -152,7 +187,8 @@ class Product(Statement):
                     keep.append(targets[position])
                 shape.append(array.shape[targets[position]] if matched else 1)
         others = tuple(dim for dim in range(array.ndim) if dim not in keep)
-        return np.asarray(reduce.reduce(array, axis=others)).reshape(shape)
+        read = np.asarray(reduce.reduce(array, axis=others)).reshape(shape)
+        return np.transpose(read, np.argsort(self._turn(which)))
 
     def _dims(self, axis: int) -> tuple[int, ...]:
         return tuple(frame_dims(self.common, axis))
@@ -174,13 +210,13 @@ class Product(Statement):
         second = state.constant(self.operands[1])
         rank = len(self.roles[0])
         if (
-            state.stochastic.get(self.operands[0]) == rank - 1
+            state.stochastic.get(self.operands[0]) == rank - 1 - self.transposed[0]
             and second is not None
             and not self._dims_labelled()
         ):
             low, high = self._lift(second.value, 1, np.minimum), self._lift(second.value, 1, np.maximum)
             held = np.broadcast_to(self._lift(second.known, 1, np.logical_and) & (low == high), known.shape)
-            value = np.where(held, np.broadcast_to(low, known.shape), value)
+            value = np.where(held, np.broadcast_to(low * self.scale, known.shape), value)
             known = known | held
         dtype = np.float32 if self.out.dtype is None else self.out.dtype.numpy()
         state.set_constant(
@@ -201,9 +237,10 @@ class Product(Statement):
         array = array_of(value)
         if array is not None:
             own = self.structures[which]
+            array = np.transpose(array, self._exchanged(tuple(range(array.ndim)), which))
             split = (array == 0).reshape([f.size.coefficient for axis in own for f in axis])
             others = tuple(dim for dim, extent in enumerate(frame(own)) if split.shape[dim] != extent)
-            return self._lift(split.all(axis=others, keepdims=True), which, np.logical_and)
+            return self._place(split.all(axis=others, keepdims=True), which, np.logical_and)
         constant = state.constant(value)
         if constant is None:
             return np.zeros((1,) * len(frame(self.common)), bool)
@@ -306,7 +343,7 @@ class Product(Statement):
     def _collect(
         self, value: ir.Value, which: int, coords: list[np.ndarray], found: list[np.ndarray | None]
     ) -> None:
-        own, role = self.structures[which], self.roles[which]
+        own, role, turn = self.structures[which], self.roles[which], self._turn(which)
         for axis, common in enumerate(role):
             dims, targets = frame_dims(own, axis), frame_dims(self.common, common)
             if len(dims) != len(targets):
@@ -314,7 +351,7 @@ class Product(Statement):
             for dim, target in zip(dims, targets, strict=True):
                 if frame(own)[dim] <= 1:
                     continue
-                lifted = self._lift(coords[dim], which, np.minimum)
+                lifted = self._lift(coords[turn[dim]], which, np.minimum)
                 known = found[target]
                 if known is None:
                     found[target] = lifted
@@ -349,26 +386,43 @@ class Product(Statement):
         moved = np.transpose(low, [*order, *contracted])
         return moved.reshape(moved.shape[: len(order)])
 
+    def _cuts(self, state: State, which: int) -> tuple[dict[int, np.ndarray], list[tuple[int, int]]]:
+        """Return, for each labelled dimension of a constant operand, which indices stay and its common dimension."""
+        other = 1 - which
+        live = self.operands[other]
+        coords = coordinates(state.layouts[live], state.mask(live).shape)
+        wanted: dict[int, np.ndarray] = {}
+        links: list[tuple[int, int]] = []
+        found: list[np.ndarray | None] = [None] * len(frame(self.common))
+        self._collect(live, other, coords, found)
+        own, role, turn = self.structures[which], self.roles[which], self._turn(which)
+        for axis, common in enumerate(role):
+            for dim, target in zip(frame_dims(own, axis), frame_dims(self.common, common), strict=False):
+                coordinate = found[target]
+                if frame(own)[dim] > 1 and coordinate is not None:
+                    wanted[turn[dim]] = coordinate
+                    links.append((turn[dim], target))
+        return wanted, links
+
+    def _constant_operands(self) -> list[int]:
+        return [which for which in (0, 1) if self.active and is_parameter(self.operands[which])]
+
+    def check(self, state: State) -> None:
+        """Raise a conflict where a constant operand would have to be another one for each index of an axis it lacks."""
+        for which in self._constant_operands():
+            wanted, links = self._cuts(state, which)
+            targets = {target for _, target in links}
+            for coordinate in wanted.values():
+                others = tuple(dim for dim in range(coordinate.ndim) if dim not in targets)
+                if not np.array_equal(coordinate.min(axis=others), coordinate.max(axis=others)):
+                    raise ConflictError([self.out, *self.operands])
+
     # edits
 
     def edits(self, state: State) -> Iterator[Edit]:
         """Cut a constant operand along the heads and the contracted axis."""
-        for which, value in enumerate(self.operands):
-            if not self.active or not is_parameter(value):
-                continue
-            other = 1 - which
-            live = self.operands[other]
-            coords = coordinates(state.layouts[live], state.mask(live).shape)
-            wanted: dict[int, np.ndarray] = {}
-            links: list[tuple[int, int]] = []
-            found: list[np.ndarray | None] = [None] * len(frame(self.common))
-            self._collect(live, other, coords, found)
-            own, role = self.structures[which], self.roles[which]
-            for axis, common in enumerate(role):
-                for dim, target in zip(frame_dims(own, axis), frame_dims(self.common, common), strict=False):
-                    coordinate = found[target]
-                    if frame(own)[dim] > 1 and coordinate is not None:
-                        wanted[dim] = coordinate
-                        links.append((dim, target))
+        for which in self._constant_operands():
+            wanted, links = self._cuts(state, which)
             if wanted:
+                own = self._exchanged(self.structures[which], which)
                 yield from take_channels(which, own, wanted, links)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from etp_deploy.surgery.shapes import frame, frame_dims, has_labels, labelled, plain, single_label
-from etp_deploy.surgery.state import Cause, ConflictError, nested_fill
+from etp_deploy.surgery.state import Cause, ConflictError, coordinates, nested_fill
 from etp_deploy.surgery.statements.base import Edit, SetAttribute, SetInput, Statement, array_of, set_plain
 
 if TYPE_CHECKING:
@@ -162,8 +162,9 @@ class Recurrent(Statement):
         if constant is None or self._data_dim is None:
             return np.zeros(size, bool), np.zeros(size)
         others = tuple(dim for dim in range(constant.known.ndim) if dim != self._data_dim)
-        known = np.asarray(constant.known.all(axis=others))
-        return known, np.where(known, constant.value.max(axis=others).astype(np.float64), 0.0)
+        low, high = constant.value.min(axis=others), constant.value.max(axis=others)
+        known = np.asarray(constant.known.all(axis=others) & (low == high))
+        return known, np.where(known, low.astype(np.float64), 0.0)
 
     # layout
 
@@ -184,7 +185,17 @@ class Recurrent(Statement):
     def _columns(self, state: State) -> np.ndarray:
         if self._data_dim is None:
             return np.arange(self._array(WEIGHT).shape[2])
-        return state.layouts[self.data].reshape(-1)
+        coordinate = coordinates(state.layouts[self.data], state.mask(self.data).shape)[self._data_dim]
+        others = tuple(dim for dim in range(coordinate.ndim) if dim != self._data_dim)
+        low, high = coordinate.min(axis=others), coordinate.max(axis=others)
+        if not np.array_equal(low, high):
+            raise ConflictError([self.data])
+        return np.asarray(low)
+
+    def check(self, state: State) -> None:
+        """Raise a conflict where input channels differ from step to step."""
+        if self.active:
+            self._columns(state)
 
     # edits
 

@@ -24,13 +24,13 @@ from etp_deploy.surgery.statements.base import (
     SetAttribute,
     SetInput,
     SetSlice,
-    SliceInput,
     Statement,
     array_of,
     default_layout,
     opset_of,
     set_plain,
 )
+from etp_deploy.surgery.statements.slicing import take_channels
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -110,6 +110,9 @@ class Select(Statement):
         for index, s in structures.items():
             assert s is not None
             mine = list(axes)
+            if is_parameter(inputs[index]):
+                # a size that is not known before the model runs is the constant's own here
+                mine = [a if has_labels(a) or len(a) > 1 else b for a, b in zip(axes, s, strict=True)]
             mine[self.axis] = s[self.axis]
             if is_parameter(inputs[index]) and self.along:
                 size = axis_size(s[self.axis]).static
@@ -441,17 +444,37 @@ class Select(Statement):
                 start += len(indices)
 
     def _cut(self, index: int, coords: list[np.ndarray], start: int, length: int) -> Iterator[Edit]:
-        """Cut a joined initializer along each labelled axis (axes that vary together were refused before)."""
-        takes = []
+        """Cut a joined initializer along each labelled axis."""
         structure = self.own[index]
-        for axis, factors in enumerate(structure):
-            if not has_labels(factors):
-                continue
-            dim = frame_dims(structure, axis)[0]
+        if self.along:
+            dim = self._dim(index)
             others = tuple(other for other in range(coords[dim].ndim) if other != dim)
             line = coords[dim].min(axis=others)
-            if axis == self.axis and self.along:
-                line = line[(line >= start) & (line < start + length)] - start
-            takes.append((axis, line))
-        if takes:
-            yield SliceInput(index, tuple(takes))
+            columns = np.flatnonzero((line >= start) & (line < start + length))
+            if not columns.size:
+                yield SetInput(index, self._nothing(index, coords[dim].shape))
+                return
+            coords = [np.take(coordinate, columns, axis=dim) for coordinate in coords]
+            coords[dim] = coords[dim] - start
+        dims = [dim for dim, extent in enumerate(frame(structure)) if extent > 1]
+        if dims:
+            yield from take_channels(index, structure, {d: coords[d] for d in dims}, [(d, d) for d in dims])
+
+    def _nothing(self, index: int, reduced: tuple[int, ...]) -> np.ndarray:
+        """Return what is left of a joined initializer none of whose indices stay: its other axes, cut."""
+        structure = self.own[index]
+        shape = [
+            int(
+                np.prod(
+                    [
+                        reduced[dim] if factor.labelled else factor.size.coefficient
+                        for factor, dim in zip(factors, frame_dims(structure, axis), strict=True)
+                    ]
+                )
+            )
+            for axis, factors in enumerate(structure)
+        ]
+        shape[self.axis] = 0
+        array = array_of(self.node.inputs[index])
+        assert array is not None
+        return np.zeros(shape, array.dtype)

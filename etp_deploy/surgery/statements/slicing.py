@@ -81,3 +81,21 @@ def _open_indices(
         merged.append(int(np.prod(full[position : position + len(axis)], dtype=np.int64)))
         position += len(axis)
     return split, tuple(indices), tuple(merged)
+
+
+def cut(array: np.ndarray, edit: Edit) -> np.ndarray:
+    """Return what an edit leaves of an initializer.
+
+    Args:
+        array: the initializer.
+        edit: a cut of it, as `take_channels` yields them.
+    """
+    match edit:
+        case SliceInput(_, takes):
+            for axis, line in takes:
+                array = np.take(array, line, axis=axis)
+            return array
+        case GatherInput(_, split, indices, merged):
+            return np.asarray(array.reshape(split)[indices].reshape(merged))
+        case _:
+            raise TypeError(f"no cut: {type(edit).__name__}")

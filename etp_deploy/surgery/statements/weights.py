@@ -1,4 +1,4 @@
-"""The weight of a contraction, whatever the operator's order of axes."""
+"""The weight of a contraction, whatever the operator's order of axes, and what it reads."""
 
 from __future__ import annotations
 
@@ -43,6 +43,20 @@ class Weight:
         moved = grouped.reshape(-1, *grouped.shape[2:])
         return np.ascontiguousarray(np.moveaxis(moved, (0, 1), (self.out, self.contracted)))
 
+    def by_label(self, grouped: np.ndarray, axis: Axis) -> np.ndarray:
+        """View a grouped weight as (group, output, labelled input position, all the rest in its own axes).
+
+        Args:
+            grouped: from `grouped`.
+            axis: the contracted axis of the data, with one labelled factor.
+        """
+        if len(axis) == 1:
+            return grouped
+        sizes = [factor.size.coefficient for factor in axis]
+        place = next(place for place, factor in enumerate(axis) if factor.labelled)
+        split = grouped.reshape(*grouped.shape[:2], *sizes, *grouped.shape[3:])
+        return np.moveaxis(split, place + 2, 2)
+
     def flattened(self, array: np.ndarray, axis: Axis) -> np.ndarray:
         """Return a weight as (group, output, labelled input position, all the rest).
 
@@ -65,18 +79,47 @@ class Weight:
         return np.transpose(split, [0, 1, *order, *rest, split.ndim - 1]).reshape(groups, outputs, labels, -1)
 
 
-def take_merged(weight: np.ndarray, axis: Axis, columns: np.ndarray) -> np.ndarray:
-    """Take input channels of (output, input, kernel...) where the input axis may be a product with space.
+class Reads:
+    """Which output channels read which input channels, a bit each: a quarter of a weight's bytes would be too many.
 
     Args:
-        weight: the weight of one group.
+        nonzero: where the weight is not zero, as (group, output of the group, input of the group).
+    """
+
+    def __init__(self, nonzero: np.ndarray) -> None:
+        self.shape: tuple[int, int, int] = (nonzero.shape[0], nonzero.shape[1], nonzero.shape[2])
+        # bits are packed along whichever axis lies closest in memory
+        self._packed = 1 if 0 < nonzero.strides[1] < nonzero.strides[2] else 2
+        self._bits = np.packbits(np.moveaxis(nonzero, self._packed, 2), axis=2)
+
+    def inputs(self, outputs: np.ndarray) -> np.ndarray:
+        """Return which inputs any of some outputs reads, as (group, input), from a mask (group, output)."""
+        return self._met(outputs, along=1)
+
+    def outputs(self, inputs: np.ndarray) -> np.ndarray:
+        """Return which outputs read any of some inputs, as (group, output), from a mask (group, input)."""
+        return self._met(inputs, along=2)
+
+    def _met(self, mask: np.ndarray, along: int) -> np.ndarray:
+        if along == self._packed:
+            return np.asarray((self._bits & np.packbits(mask, axis=1)[:, None, :]).any(axis=2))
+        if mask.shape[0] == 1:
+            rows = np.bitwise_or.reduce(self._bits[0][mask[0]], axis=0)[None]
+        else:
+            rows = np.bitwise_or.reduce(np.where(mask[:, :, None], self._bits, 0), axis=1)
+        return np.unpackbits(rows, axis=1, count=self.shape[self._packed]).view(bool)
+
+
+def merged_places(axis: Axis, columns: np.ndarray) -> np.ndarray:
+    """Return the places along a weight's input axis, which may be a product with space, of labelled positions.
+
+    Args:
         axis: the contracted axis of the data, with one labelled factor.
         columns: the labelled positions to take, in order.
     """
     if len(axis) == 1:
-        return np.take(weight, columns, axis=1)
+        return columns
     sizes = [factor.size.coefficient for factor in axis]
     position = next(place for place, factor in enumerate(axis) if factor.labelled)
-    split = weight.reshape(weight.shape[0], *sizes, *weight.shape[2:])
-    taken = np.take(split, columns, axis=position + 1)
-    return taken.reshape(weight.shape[0], -1, *weight.shape[2:])
+    places = np.arange(int(np.prod(sizes))).reshape(sizes)
+    return np.take(places, columns, axis=position).reshape(-1)
