@@ -161,13 +161,13 @@ def settle(analysis: Analysis) -> None:
 def _keep_one(analysis: Analysis) -> bool:
     """Give one position back to tensors that lost all; say whether any had.
 
-    One tensor at a time, so that what it is linked with follows (a query keeps the key's index); where very many
-    are empty, a share of them at a time.
+    One tensor at a time, so that what it is linked with follows (a query keeps the key's index), and the last first:
+    what it reads is then given nothing else. Where very many are empty, a share of them at a time.
     """
     state = analysis.state
     empty = [value for value, mask in state.keep.items() if mask.size and not mask.any()]
     left = -(-len(empty) // ROUNDS)
-    for value in empty:
+    for value in reversed(empty):
         mask = state.keep[value]
         if mask.any() or not left:
             continue

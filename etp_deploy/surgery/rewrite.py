@@ -12,6 +12,7 @@ from etp_deploy.errors import PlanError
 from etp_deploy.surgery.boundaries import name_apart, release_bodies, remove_unused
 from etp_deploy.surgery.fusions import put_together
 from etp_deploy.surgery.prepare import constant
+from etp_deploy.surgery.projections import close_projections
 from etp_deploy.surgery.statements.base import (
     AddVector,
     Affine,
@@ -120,7 +121,7 @@ class Rewriter:
             cut = cut.plus(edit.added, edit.slack)
         if cut is None:
             return False
-        fresh = self._shared(value.name or "", cut.values())
+        fresh = self.shared(value.name or "", cut.values())
         set_stored(fresh, cut)
         node.replace_input_with(index, fresh)
         return True
@@ -135,7 +136,7 @@ class Rewriter:
         name = old.name if old is not None and old.name else f"{node.outputs[0].name}_{index}"
         if index >= len(node.inputs):
             node.resize_inputs(index + 1)
-        node.replace_input_with(index, self._shared(name, array))
+        node.replace_input_with(index, self.shared(name, array))
 
     def _named(self, tensor: np.ndarray | ir.TensorProtocol, name: str) -> ir.Value:
         """Add an initializer that takes over a name as soon as that is free."""
@@ -143,7 +144,7 @@ class Rewriter:
         self.wanted[value] = name
         return value
 
-    def _shared(self, name: str, array: np.ndarray) -> ir.Value:
+    def shared(self, name: str, array: np.ndarray) -> ir.Value:
         """Return an initializer with this content, one for all nodes whose cuts come out equal."""
         content = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
         digest = hashlib.sha256(f"{array.dtype} {array.shape}".encode() + content.data).digest()
@@ -178,7 +179,7 @@ class Rewriter:
         return (
             self._named(tensor, name)
             if isinstance(tensor, ir.LazyTensor)
-            else self._shared(name, tensor.numpy())
+            else self.shared(name, tensor.numpy())
         )
 
     def _set_shape(self, node: ir.Node, index: int, sizes: tuple[tuple[Size, bool], ...]) -> None:
@@ -241,7 +242,7 @@ class Rewriter:
                 return
         shape = [1] * (rank - edit.axis)
         shape[0] = -1
-        vector = self._shared(f"{out.name}_constant", edit.vector.reshape(shape))
+        vector = self.shared(f"{out.name}_constant", edit.vector.reshape(shape))
         self._insert_after(out, "Add", vector, "constant")
 
     def _affine(self, node: ir.Node, edit: Affine) -> None:
@@ -310,6 +311,7 @@ def rewrite(model: ir.Model, edits: Sequence[tuple[ir.Node, tuple[Edit, ...]]]) 
     """Apply edits to a prepared model, in place, and drop what nothing uses any more."""
     rewriter = Rewriter(model.graph)
     rewriter.apply(edits)
+    close_projections(model.graph, rewriter.shared)
     put_together(model.graph)
     for value in (value for node in model.graph.all_nodes() for value in node.outputs):
         if not value.is_graph_output():
