@@ -49,12 +49,14 @@ class Rewriter:
         self._takes: dict[tuple[ir.Value, bytes], ir.Value] = {}
         self._cut: dict[bytes, ir.Value] = {}
         self.wanted: dict[ir.Value, str] = {}
+        # of a tensor that something was put behind: what readers see instead
+        self._behind: dict[ir.Value, ir.Value] = {}
 
     def apply(self, edits: Sequence[tuple[ir.Node, tuple[Edit, ...]]]) -> None:
         """Apply all edits; vectors to add come last, since they may join an initializer that was cut."""
         for node, changes in edits:
             for change in changes:
-                if not isinstance(change, AddVector | Affine):
+                if not isinstance(change, AddVector | Affine | FreeShape):
                     self._apply(node, change)
         for node, changes in edits:
             for change in changes:
@@ -62,9 +64,19 @@ class Rewriter:
                     self._add_vector(node, change)
                 elif isinstance(change, Affine):
                     self._affine(node, change)
+        self._free_shapes(edits)
+
+    def _free_shapes(self, edits: Sequence[tuple[ir.Node, tuple[Edit, ...]]]) -> None:
+        """Forget what bodies declare and is no longer so; last, since what is added asks for ranks."""
+        freed = (change for _, changes in edits for change in changes if isinstance(change, FreeShape))
+        for change in freed:
+            value: ir.Value | None = change.value
+            while value is not None:
+                value.shape = None
+                value = self._behind.get(value)
 
     def _apply(self, node: ir.Node, edit: Edit) -> None:
-        if isinstance(edit, SetAttribute | SetShape | SetSlice | FreeShape):
+        if isinstance(edit, SetAttribute | SetShape | SetSlice):
             self._change_node(node, edit)
         elif not self._take_stored(node, edit):
             self._change_input(node, edit)
@@ -83,7 +95,7 @@ class Rewriter:
             case _:
                 raise PlanError(f"an edit of an unknown kind: {type(edit).__name__}")
 
-    def _change_node(self, node: ir.Node, edit: SetAttribute | SetShape | SetSlice | FreeShape) -> None:
+    def _change_node(self, node: ir.Node, edit: SetAttribute | SetShape | SetSlice) -> None:
         match edit:
             case SetAttribute(name, None):
                 node.attributes.pop(name, None)
@@ -93,8 +105,6 @@ class Rewriter:
                 self._set_shape(node, index, sizes)
             case SetSlice():
                 self._set_slice(node, edit)
-            case FreeShape(value):
-                value.shape = None
 
     def _take_entries(self, node: ir.Node, edit: TakeEntries) -> None:
         array = self._array(node, edit.index)
@@ -263,6 +273,7 @@ class Rewriter:
         added = ir.node(operator, [out, operand])
         fresh = added.outputs[0]
         fresh.type, fresh.shape = out.type, out.shape
+        self._behind[out] = fresh
         graph = graph_of(producer)
         places = [place for place, value in enumerate(graph.outputs) if value is out]
         if places:
