@@ -388,3 +388,17 @@ def test_channels_that_are_picked_by_index():
         net.node("GatherElements", ["h", np.arange(3 * columns).reshape(3, columns) % 4], "g", axis=0)
         net.node("MatMul", ["g", net.rand(columns, 3)], "y")
         assert gained(net.case("y"))[1] == after
+
+
+def test_a_sum_for_each_channel_of_each_sample():
+    """What removed neurons gave to a sum is added once where channels and samples share an axis."""
+    net = Net(x=("N", 2, 6))
+    net.node("Conv", ["x", net.rand(3, 2, 1)], "c")
+    net.node("Reshape", ["c", np.array([-1, 6])], "rows")
+    net.node("MatMul", ["rows", net.rand(6, 8, dead=(1, 4, 5), axis=1)], "h")
+    net.node("Add", ["h", net.rand(8)], "a")
+    net.node("ReduceSum", ["a", np.array([1])], "total", keepdims=1)
+    net.node("Div", ["a", "total"], "share")
+    net.node("MatMul", ["share", net.rand(8, 3, dead=(1, 4, 5))], "y")
+    # one dead neuron stays beside the five that live
+    assert gained(net.case("y")) == (6 + 48 + 8 + 24, 6 + 36 + 6 + 18 + 1)
