@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from etp_deploy.training.forces import PAPER_STEEPNESS, REFERENCE_STEEPNESS, steepness_for
 from etp_deploy.training.modules import (
     Group,
     Part,
@@ -10,24 +11,29 @@ from etp_deploy.training.modules import (
     packed_heads,
     separate_heads,
 )
-from etp_deploy.training.regularizer import (
-    PAPER_STEEPNESS,
-    REFERENCE_STEEPNESS,
-    REFERENCE_THRESHOLD,
-    GroupStatistics,
-    TorqueRegularizer,
+from etp_deploy.training.regularizer import REFERENCE_THRESHOLD, GroupStatistics, TorqueRegularizer
+from etp_deploy.training.regularizers import (
+    METHODS,
+    GrowingRegularizer,
+    SlimmingRegularizer,
+    make,
 )
 
 __all__ = [
+    "METHODS",
     "PAPER_STEEPNESS",
     "REFERENCE_STEEPNESS",
     "REFERENCE_THRESHOLD",
     "Group",
     "GroupStatistics",
+    "GrowingRegularizer",
     "Part",
+    "SlimmingRegularizer",
     "TorqueRegularizer",
     "discover",
+    "make",
     "neurons",
     "packed_heads",
     "separate_heads",
+    "steepness_for",
 ]
