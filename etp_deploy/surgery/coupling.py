@@ -37,8 +37,10 @@ if TYPE_CHECKING:
     from etp_deploy.surgery.classes import Classes
     from etp_deploy.surgery.state import State
 
-# rounds of planting, and so bits of a module's code word; an accident among thousands of modules is one in millions
-ROUNDS = 60
+# rounds of planting beyond those that tell modules apart: what dies with either of two modules bears both words at
+# once, and must not look like a third's; it would have to by chance, once in millions
+MARGIN = 16
+MOST_ROUNDS = 63
 
 
 @dataclass(frozen=True)
@@ -205,7 +207,8 @@ def _plant(
     for axis in axes:
         first.append(total)
         total += int(axis.ways[0].max()) + 1
-    words = _words([int(axis.ways[0].max()) + 1 for axis in axes])
+    rounds = min(MOST_ROUNDS, 2 * total.bit_length() + MARGIN) if axes else 0
+    words = _words([int(axis.ways[0].max()) + 1 for axis in axes], rounds)
     modules = np.full(classes.count, -1)
     for axis, offset in zip(axes, first, strict=True):
         inside = axis.ways[0] >= 0
@@ -214,7 +217,7 @@ def _plant(
     back = np.zeros(total, bool)
     codes = {value: np.zeros(mask.shape, np.uint64) for value, mask in analysis.state.keep.items()}
     lines: dict[tuple[ir.Value, tuple[int, ...], ir.Node], Line] = {}
-    for number in range(ROUNDS if axes else 0):
+    for number in range(rounds):
         start.restore(analysis)
         dead = (bits >> np.uint64(number)) & np.uint64(1) == 1
         _take_for_zero(analysis.state, classes, dead)
@@ -237,20 +240,28 @@ def _plant(
     return coupling, sorted({int(number) for number in numbers[back]})
 
 
-def _words(counts: list[int]) -> np.ndarray:
-    """Draw a code word for each module; in every round each axis keeps a module and loses about half."""
+def _words(counts: list[int], rounds: int) -> np.ndarray:
+    """Draw a code word for each module, all different; in every round each axis keeps a module and loses about half.
+
+    Args:
+        counts: how many modules each axis has.
+        rounds: bits of a word.
+    """
     generator = np.random.default_rng(0)
-    columns = []
-    for _ in range(ROUNDS):
-        column = []
-        for count in counts:
-            chosen = generator.permutation(count) < max(1, count // 2)
-            column.append(~chosen if count % 2 == 0 and generator.random() < 0.5 else chosen)
-        columns.append(np.concatenate(column) if column else np.zeros(0, bool))
-    words = np.zeros(sum(counts), np.uint64)
-    for number, went in enumerate(columns):
-        words |= went.astype(np.uint64) << np.uint64(number)
-    return words
+    total = sum(counts)
+    while True:
+        words = np.zeros(total, np.uint64)
+        for number in range(rounds):
+            gone = [_half(count, generator) for count in counts]
+            words |= np.concatenate(gone).astype(np.uint64) << np.uint64(number)
+        if np.unique(words[words > 0]).size == total:
+            return words
+
+
+def _half(count: int, generator: np.random.Generator) -> np.ndarray:
+    """Choose half of an axis's modules, the smaller or the larger half where they are an odd number."""
+    size = count // 2 + (int(generator.integers(2)) if count % 2 and count > 1 else 0)
+    return np.asarray(generator.permutation(count) < size)
 
 
 def _take_for_zero(state: State, classes: Classes, dead: np.ndarray) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 # 2 ** -31 as bits: numbers up to 2 ** 28 weights stay below 4
 _FIRST = 0x30000000
 _MOST = 1 << 28
+# no module's number
+_FAR = 1 << 40
 _OPSETS = {"dynamo": 20, "torchscript": 17}
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
@@ -52,6 +54,19 @@ class Price:
 
     parameters: int
     macs: int
+
+
+@dataclass
+class Member:
+    """One axis of a parameter, and which of its indices belong to which module.
+
+    Attributes:
+        index: the module of each index; -1 for none.
+        roles: what these weights do: "writer", "reader", "follower".
+    """
+
+    index: np.ndarray
+    roles: set[str]
 
 
 class _Affine(nn.Module):
@@ -197,9 +212,7 @@ class Blueprint:
         words = np.broadcast_to(line.words.reshape(shape), ids.shape)
         return ids.reshape(-1), words.reshape(-1)
 
-    def decode(
-        self, lines: Sequence[Line], modules: Mapping[int, int]
-    ) -> dict[tuple[str, int, str], np.ndarray]:
+    def decode(self, lines: Sequence[Line], modules: Mapping[int, int]) -> dict[tuple[str, int], Member]:
         """Return which indices of the parameters' axes belong to which module.
 
         Args:
@@ -207,46 +220,44 @@ class Blueprint:
             modules: the module of each word.
 
         Returns:
-            For each parameter, axis and role the module of each index, -1 for none. An index has a module where
-            all of its weights do, wherever they are used.
+            A member for each parameter and axis that has any. An index has a module where all of its weights do,
+            wherever they are used.
         """
         blocked = self._blocked(lines)
-        found: dict[tuple[str, int, str], tuple[np.ndarray, np.ndarray]] = {}
+        found: dict[tuple[str, int], Member] = {}
         for line in lines:
             if line.value not in self._ids:
                 continue
-            ids, words = self._spread(line)
-            distinct, places = np.unique(words, return_inverse=True)
-            module = np.array([modules.get(int(word), -1) for word in distinct])[places]
-            if not (module >= 0).any():
-                continue
+            # what goes with no module is an entry of its own, so that it is seen along which axis the line lies
+            flat = line.words.reshape(-1)
+            own = np.array([modules.get(int(w), -2 - place) for place, w in enumerate(flat)], np.int64)
+            ids, module = self._spread(replace(line, words=own.reshape(line.words.shape)))
             for name, inside in self._split(ids):
                 if name not in blocked:
                     self._note(found, name, line.role, ids[inside], module[inside])
-        result = {}
-        for key, (low, high) in found.items():
-            index = np.where(low == high, low, -1)
-            if (index >= 0).any():
-                result[key] = index
-        return result
+        for member in found.values():
+            member.index[member.index == _FAR] = -1
+        return {key: member for key, member in found.items() if (member.index >= 0).any()}
 
     def _note(
-        self,
-        found: dict[tuple[str, int, str], tuple[np.ndarray, np.ndarray]],
-        name: str,
-        role: str,
-        ids: np.ndarray,
-        module: np.ndarray,
+        self, found: dict[tuple[str, int], Member], name: str, role: str, ids: np.ndarray, module: np.ndarray
     ) -> None:
-        """Note the least and the largest module number at each index of a parameter's axes."""
+        """Note the modules along the axis of a parameter that a line lies along, if it does along one."""
         shape = self.shapes[name]
-        coordinates = np.unravel_index(ids - self.offsets[name], shape)
-        for axis, coordinate in enumerate(coordinates):
-            if (name, axis, role) not in found:
-                found[name, axis, role] = np.full(shape[axis], 1 << 40), np.full(shape[axis], -1)
-            low, high = found[name, axis, role]
+        for axis, coordinate in enumerate(np.unravel_index(ids - self.offsets[name], shape)):
+            low, high = np.full(shape[axis], _FAR), np.full(shape[axis], -_FAR)
             np.minimum.at(low, coordinate, module)
             np.maximum.at(high, coordinate, module)
+            covered = low < _FAR
+            if (low[covered] != high[covered]).any():
+                continue
+            index = np.where(covered, np.maximum(low, -1), _FAR)
+            member = found.setdefault((name, axis), Member(np.full(shape[axis], _FAR), set()))
+            both = covered & (member.index < _FAR)
+            index[both & (index != member.index)] = -1
+            member.index[covered] = index[covered]
+            if (index[covered] >= 0).any():
+                member.roles.add(role)
 
     def _split(self, ids: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
         """Yield each parameter that has entries among these, and where."""
