@@ -226,7 +226,7 @@ class Blueprint:
         blocked = self._blocked(lines)
         found: dict[tuple[str, int], Member] = {}
         for line in lines:
-            if line.value not in self._ids:
+            if line.value not in self._ids or line.words.size == 1:  # one entry lies along every axis
                 continue
             # what goes with no module is an entry of its own, so that it is seen along which axis the line lies
             flat = line.words.reshape(-1)
