@@ -93,7 +93,7 @@ class Pull:
         for weight, own in zip(weights, self.layout.spread(row, weights, rest=rest), strict=True):
             if self._absolute:
                 step = _sum(own).to(weight.dtype)
-                weight.copy_(weight.sign() * (weight.abs() - step).clamp_(min=0))
+                weight.sub_(torch.clamp(weight, -step, step))
                 continue
             factor = _product(own) if self.norm == "l2" else 1 / (1 + _sum(own))
             weight.mul_(factor.to(weight.dtype))
