@@ -69,6 +69,25 @@ def test_groups_are_the_widths_that_can_shrink(name, coupled):
     assert {kind: sorted(counts) for kind, counts in found.items()} == WANTED[name]
 
 
+def test_heads_that_share_a_bias_are_one_module(coupled):
+    """A head of every block reads the same column of the position bias: they can only go together."""
+    net, plan, groups = coupled("t5")
+    assert [(group.kind, group.count(net)) for group in groups] == [
+        ("neurons", 64),
+        ("neurons", 64),
+        ("heads", 4),
+    ]
+    regularizer = TorqueRegularizer(net, groups=groups)
+    regularizer.kill(groups[2].name, [1, 3])
+    assert removable_share(net, blueprint=plan) == 1.0
+
+
+def test_what_does_not_let_go_drags_no_others_along(coupled):
+    """Widths beside a shuffled stream, which is not offered, are found."""
+    net, _, groups = coupled("shufflenetv2")
+    assert [group.count(net) for group in groups] == [12, 16, 20, 32]
+
+
 @pytest.mark.parametrize("name", WANTED)
 def test_what_is_zeroed_is_removed(name, coupled, tmp_path):
     """Half of every group, zeroed, leaves exactly the network of half the widths, with equal outputs."""

@@ -77,7 +77,9 @@ class Pull:
     def gradient(self, weight: Tensor, lines: Sequence[Tensor]) -> Tensor:
         """Return the gradient of one weight, given its coefficients along its lines."""
         factor = _sum(lines)
-        return (self._direction(weight).to(factor.dtype) * factor).to(weight.dtype)
+        if self._absolute:
+            return weight.sign().to(factor.dtype).mul_(factor).to(weight.dtype)
+        return (weight.to(factor.dtype) * factor).to(weight.dtype)
 
     def shrink(self, weights: Sequence[Tensor], rate: float) -> None:
         """Take one proximal step of a length, see `TorqueRegularizer.shrink`."""
