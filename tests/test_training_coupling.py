@@ -211,6 +211,11 @@ def test_shared_weights_are_pruned_only_where_all_their_uses_agree():
     for group in groups:
         regularizer.kill(group.name, [0, 1])
     assert removable_share(net, torch.randn(2, 6)) == 1.0
+    with torch.no_grad():
+        net.first.weight[0] = 0
+    plan = Blueprint(net, torch.randn(2, 6))
+    # both uses lose their row 0, the second also its column 0, which the first keeps
+    assert plan.total - plan.price(plan.zeros_of(net)).parameters == 6 + 2 * 2
 
 
 def test_both_exporters_give_the_same_groups():

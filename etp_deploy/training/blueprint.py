@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
@@ -28,8 +29,6 @@ from etp_deploy.tracing import EXPORTERS, evaluating, make_call, trace
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
-
-    import onnx_ir as ir
 
     from etp_deploy.surgery.analysis import Analysis
     from etp_deploy.surgery.lines import Line, Lines
@@ -139,8 +138,8 @@ class Blueprint:
         array = None if value.const_value is None else value.const_value.numpy()
         if array is None or array.dtype != np.float32:
             return None
-        ids = np.ascontiguousarray(array).view(np.int32).astype(np.int64) - _FIRST
-        ids = np.where((ids >= 0) & (ids < self.total), ids, -1)
+        bits = np.ascontiguousarray(array).view(np.int32)
+        ids = np.where((bits >= _FIRST) & (bits < _FIRST + self.total), bits - _FIRST, -1).astype(np.int32)
         return ids if (ids >= 0).any() else None
 
     def analysis(self, zero: np.ndarray | None = None) -> Analysis:
@@ -151,8 +150,6 @@ class Blueprint:
         """
         if zero is None:
             return read(self.graph)
-        import onnx_ir as ir  # noqa: PLC0415 - for this alone
-
         kept: dict[ir.Value, Any] = {}
         for value, ids in self._ids.items():
             gone = zero[ids] & (ids >= 0)
@@ -183,12 +180,22 @@ class Blueprint:
         lines: Lines = {}
         code_edits(analysis, 0, lines)
         codes = {value: (~mask).astype(np.uint64) for value, mask in analysis.state.keep.items()}
-        gone = np.zeros(self.total + 1, bool)
+        uses: dict[tuple[ir.Value, ir.Node], list[Line]] = {
+            (value, node): [] for value in self._ids for node, _ in value.uses()
+        }
         for line in (*lines.values(), *contraction_lines(analysis, codes)):
-            if line.value in self._ids:
-                ids, words = self._spread(line)
-                gone[ids[words != 0]] = True
-        return gone[:-1], analysis
+            if (line.value, line.node) in uses:
+                uses[line.value, line.node].append(line)
+        # a weight goes where no node keeps it; the last place takes entries that bear no number
+        seen, kept = np.zeros(self.total + 1, bool), np.zeros(self.total + 1, bool)
+        for (value, _), own in uses.items():
+            ids = self._ids[value].reshape(-1)
+            cut = np.zeros(ids.shape, bool)
+            for line in own:
+                cut |= self._spread(line)[1] != 0
+            seen[ids] = True
+            kept[ids[~cut]] = True
+        return (seen & ~kept)[:-1], analysis
 
     def price(self, zero: np.ndarray) -> Price:
         """Return what the network costs once the surgery has removed what zero weights make dead.
@@ -293,8 +300,7 @@ def _share(says: object, analysis: Analysis) -> float:
 
 def _numbered(model: nn.Module) -> nn.Module:
     """Copy a network to the CPU, with numbers for weights and without statistics."""
-    memo: dict[int, Any] = {}
-    twin = copy.deepcopy(model, memo).cpu().float()
+    twin = copy.deepcopy(model).cpu().float()
     for module in list(twin.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, BATCH_NORMS):

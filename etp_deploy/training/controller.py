@@ -74,7 +74,8 @@ class Controller:
         clip: whether what lies below the threshold goes at each "update" or at each "step".
         every: price at every so many updates, and at the last.
         gain: how strongly beta follows the distance from the wanted course.
-        proximal: whether `step` shrinks the weights; False where the loss holds `penalty()`.
+        proximal: whether `step` shrinks the weights; False where the loss holds `penalty()`, or the gradients get
+            theirs by `add_gradients()`.
         recorder: told of each update.
         exporter: "torchscript" or "dynamo".
 
@@ -131,6 +132,12 @@ class Controller:
         if self.done:
             return torch.zeros((), device=next(self.regularizer.model.parameters()).device)
         return self.regularizer.penalty()
+
+    def add_gradients(self, scale: float = 1.0) -> None:
+        """Add the penalty's gradient while there is force, with `proximal=False`; see `TorqueRegularizer`."""
+        self._set_beta()
+        if not self.done:
+            self.regularizer.add_gradients(scale)
 
     def _set_beta(self) -> None:
         share = 1.0 if self._schedule is None else self._schedule.share(self._steps)
