@@ -178,6 +178,15 @@ def test_a_controller_needs_something_to_price_with(plan):
         Controller(regularizer, "params:0.5", updates=0, blueprint=plan[0])
 
 
+def test_a_target_out_of_reach_is_refused(plan):
+    """What no group holds, here two thirds of the weights, cannot go; the error says how much is left."""
+    regularizer = TorqueRegularizer(network(), groups=plan[1][:1])
+    with pytest.raises(UsageError, match="out of reach") as caught:
+        Controller(regularizer, "params:0.05", updates=3, blueprint=plan[0])
+    # one of twelve channels: 9 + 2 + 16 * 9 weights, and 32 + 68 that no kept channel is part of
+    assert f"{(9 + 2 + 144 + 32 + 68) / plan[0].total:.3f}" in str(caught.value.hint)
+
+
 def test_schedule():
     """Warm-up, ramp, full strength, half a cosine down, nothing after."""
     schedule = Schedule(100, warmup=0.1, ramp=0.2, anneal=0.4)

@@ -69,7 +69,8 @@ class Controller:
         updates: by how many updates the target is to be reached.
         example_inputs: as `etp_deploy.exporting.export` takes them, in place of a blueprint or a cost.
         blueprint: of the network, for parameters and multiply-accumulates.
-        cost: another way to price, such as `LatencyCost` on another provider.
+        cost: another way to price, such as `LatencyCost` on another provider; whether it can reach the target is not
+            checked beforehand then.
         schedule: of the force over the steps; full strength where None.
         clip: whether what lies below the threshold goes at each "update" or at each "step".
         every: price at every so many updates, and at the last.
@@ -80,7 +81,7 @@ class Controller:
         exporter: "torchscript" or "dynamo".
 
     Raises:
-        UsageError: an option cannot be meant.
+        UsageError: an option cannot be meant, or the target is out of reach.
         ExportError: the network cannot be exported.
     """
 
@@ -119,12 +120,23 @@ class Controller:
         self._proximal = proximal
         self._recorder = recorder
         model = regularizer.model
-        if cost is None and kind == "latency":
-            cost = LatencyCost(model, example_inputs, exporter=exporter)
-        elif cost is None:
-            blueprint = blueprint or Blueprint(model, example_inputs, exporter=exporter)
-            cost = PlannedCost(blueprint, "params" if kind == "params" else "macs")
+        if cost is None:
+            if kind == "latency":
+                cost = LatencyCost(model, example_inputs, exporter=exporter)
+            else:
+                blueprint = blueprint or Blueprint(model, example_inputs, exporter=exporter)
+                cost = PlannedCost(blueprint, "params" if kind == "params" else "macs")
+            self._cost: Cost = cost
+            self._check_reach(target)
         self._cost = cost
+
+    def _check_reach(self, target: str) -> None:
+        """Refuse a target that is missed even with one module left in each group, before any training."""
+        least = [torch.arange(len(dead)) > 0 for dead in self.regularizer.dead().values()]
+        floor = self._cost.ratio(self.regularizer.model, self._zero(torch.cat(least)))
+        if floor > self.target:
+            hint = f"with one module left in each group the cost is {floor:.3f} of the dense network's"
+            raise UsageError("the target is out of reach of these groups", where=target, hint=hint)
 
     def penalty(self) -> Tensor:
         """Return the regulariser's penalty while there is force, zero after; for the loss, with `proximal=False`."""
