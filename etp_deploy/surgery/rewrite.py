@@ -131,7 +131,7 @@ class Rewriter:
             cut = cut.plus(edit.added, edit.slack)
         if cut is None:
             return False
-        fresh = self.shared(value.name or "", cut.values())
+        fresh = self.shared(value.name or "", cut.values(), stored=value.name or "stored")
         set_stored(fresh, cut)
         node.replace_input_with(index, fresh)
         return True
@@ -154,10 +154,16 @@ class Rewriter:
         self.wanted[value] = name
         return value
 
-    def shared(self, name: str, array: np.ndarray) -> ir.Value:
-        """Return an initializer with this content, one for all nodes whose cuts come out equal."""
+    def shared(self, name: str, array: np.ndarray, *, stored: str = "") -> ir.Value:
+        """Return an initializer with this content, one for all nodes whose cuts come out equal.
+
+        Args:
+            name: what it should be called.
+            array: the content.
+            stored: of a weight that is stored in another form, what tells it from those that are not.
+        """
         content = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-        digest = hashlib.sha256(f"{array.dtype} {array.shape}".encode() + content.data).digest()
+        digest = hashlib.sha256(f"{array.dtype} {array.shape} {stored}".encode() + content.data).digest()
         if digest not in self._cut:
             self._cut[digest] = self._named(array, name)
         return self._cut[digest]

@@ -37,7 +37,7 @@ from etp_deploy.surgery.statements.weights import Reads, Weight, merged_places
 from etp_deploy.surgery.stored import stored
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     import onnx_ir as ir
 
@@ -137,7 +137,9 @@ class Contraction(Statement):
                 out[axis] = structure[source]
         self._axis: Axis = structure[self.data_axis]
         flat = self._flat()
-        self.reads = Reads(flat[..., 0] != 0 if flat.shape[3] == 1 else (flat != 0).any(axis=3))
+        self._weights = self.reads = Reads(
+            flat[..., 0] != 0 if flat.shape[3] == 1 else (flat != 0).any(axis=3)
+        )
         outputs = self.reads.shape[0] * self.reads.shape[1]
         out[self.out_axis] = labelled(outputs) if outputs > 1 else plain((1,))[0]
         self.active = True
@@ -230,7 +232,8 @@ class Contraction(Statement):
             return np.ones(self.reads.shape[::2], bool)
         return self._by_group(self._along_data(mask))
 
-    def _kept_outputs(self, state: State) -> np.ndarray:
+    def kept_outputs(self, state: State) -> np.ndarray:
+        """Return which output channels stay, as (group, output of the group)."""
         return self._along_out(state.mask(self.out)).reshape(self.reads.shape[:2])
 
     def _held(self, state: State) -> tuple[np.ndarray, np.ndarray]:
@@ -252,6 +255,25 @@ class Contraction(Statement):
             known, low = np.broadcast_to(known, shape), np.broadcast_to(low, shape)
         known = known.reshape(shape)
         return known, np.where(known, low.reshape(shape), 0.0)
+
+    # words: bits that say in which rounds a position went, see `lines`
+
+    def words_out(self, codes: Mapping[ir.Value, np.ndarray]) -> np.ndarray | None:
+        """Return the words of the output channels, in the weight's order; None where they cannot go."""
+        words = codes.get(self.out)
+        if words is None or self._out_frame[self._out_dim] == 1:
+            return None
+        return self._along_out(words, np.bitwise_and)
+
+    def words_in(self, codes: Mapping[ir.Value, np.ndarray]) -> np.ndarray | None:
+        """Return the words of the contracted axis, space that is merged with it included; None where none can go."""
+        words = codes.get(self.data)
+        if words is None or not self._data_dims:
+            return None
+        line = self._along_data(words, np.bitwise_and)
+        sizes = [factor.size.static or 1 for factor in self._axis]
+        shape = [size if factor.labelled else 1 for size, factor in zip(sizes, self._axis, strict=True)]
+        return np.broadcast_to(line.reshape(shape), sizes).reshape(-1)
 
     # constants
 
@@ -321,6 +343,12 @@ class Contraction(Statement):
 
     # masks
 
+    def rewind(self, *, read: bool = True) -> None:
+        """Forget the outputs seen, the constants held, and that weights counted as zero."""
+        self._seen = self._constants = self._silent = None
+        if self.active:
+            self.reads = self._weights if read else Reads(np.zeros(self._weights.shape, bool))
+
     def spread(self, state: State) -> None:
         """A kept output keeps each input that it reads and that is not a known constant."""
         if not self.active:
@@ -328,7 +356,7 @@ class Contraction(Statement):
         self._spread_batch(state)
         if self.weight.groups > 1:
             self._spread_groups(state)
-        kept = self._kept_outputs(state)
+        kept = self.kept_outputs(state)
         if not self._data_dims:
             read = self.reads.inputs(self._reading(kept)) & ~self._held(state)[0]
             if read.any() and not self._batch:
@@ -402,7 +430,7 @@ class Contraction(Statement):
         """A depthwise channel stays on both sides or on neither."""
         if not self._data_dims or self.reads.shape[2] != 1:
             return
-        kept = np.asarray(self._kept_outputs(state).any(axis=1, keepdims=True))
+        kept = np.asarray(self.kept_outputs(state).any(axis=1, keepdims=True))
         self._grow_inputs(state, kept, Cause("read by the same group of", self.node, self.out))
         inputs = self.kept_inputs(state)
         if self.reads.shape[1] == 1:
@@ -450,7 +478,7 @@ class Contraction(Statement):
 
     def _repair_groups(self, state: State) -> bool:
         cause = Cause("groups keep equal counts at", self.node, spare=True)
-        outputs = self._kept_outputs(state)
+        outputs = self.kept_outputs(state)
         inputs = self.kept_inputs(state) if self._data_dims else np.ones(self.reads.shape[::2], bool)
         groups = np.asarray(outputs.any(axis=1) | (inputs.any(axis=1) & bool(self._data_dims)))
         if not self._data_dims:
@@ -469,7 +497,7 @@ class Contraction(Statement):
             return np.zeros((1, 1), bool)
         known, value = self._held(state)
         usable = known & (value != 0)
-        read = self.reads.inputs(self._reading(self._kept_outputs(state)))
+        read = self.reads.inputs(self._reading(self.kept_outputs(state)))
         kept = self.kept_inputs(state)
         lacking = (usable & read & ~kept).any(axis=1) & ~(usable & kept).any(axis=1)
         return np.asarray(usable & lacking[:, None])
@@ -490,7 +518,7 @@ class Contraction(Statement):
         if not self.active:
             default_layout(state, self.out)
             return
-        kept = self._kept_outputs(state)
+        kept = self.kept_outputs(state)
         order = self._group_order(state)
         channels = (
             np.concatenate([np.flatnonzero(kept[group]) + group * kept.shape[1] for group in order])
@@ -572,7 +600,7 @@ class Contraction(Statement):
         """Cut the weight, fold what removed constants contributed into the bias or the carrier, fix the group."""
         if not self.active:
             return
-        outputs, inputs = self._kept_outputs(state), self.kept_inputs(state)
+        outputs, inputs = self.kept_outputs(state), self.kept_inputs(state)
         known, value = self._held(state)
         gone = known & ~inputs if self._data_dims else np.zeros_like(known)
         silent = np.zeros_like(outputs) if self._silent is None else outputs & self._silent
