@@ -10,19 +10,24 @@ import numpy as np
 
 from etp_deploy.errors import UsageError
 from etp_deploy.modelfile import read_model
-from etp_deploy.surgery.plan import Layer, plan, reason
-from etp_deploy.surgery.policy import alignment_fill
+from etp_deploy.surgery.plan import Layer, RemovalPlan, plan, reason
+from etp_deploy.surgery.policy import HOST, alignment_fill, convolutions, multiple_fill, target_named
 from etp_deploy.surgery.prepare import prepare
 from etp_deploy.surgery.shapes import frame_dims, has_labels
-from etp_deploy.surgery.thresholds import with_zeros
+from etp_deploy.surgery.thresholds import newly_dead, with_zeros
+from etp_deploy.tuning import host_target
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import onnx_ir as ir
 
     from etp_deploy.surgery.analysis import Analysis
 
 # a chain of reasons longer than this says nothing more
 LONGEST_CHAIN = 40
+# thresholds whose effect is told
+TRIED_SHARES = (1e-6, 1e-4, 1e-2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,12 +39,19 @@ class Inspection:
         align: the alignment that was asked for.
         zero_below: the relative threshold that was used.
         layers: one row for each layer that could shrink.
+        target: the name of the target planned for.
+        by_align: how many channels, heads and neurons would go in all, by value of `--align`; empty where it makes
+            no difference.
+        nearly_dead: how many more output channels would count as dead, by value of `--zero-below`.
     """
 
     source: str
     align: str | int
     zero_below: float
     layers: tuple[Layer, ...]
+    target: str
+    by_align: Mapping[str, int]
+    nearly_dead: Mapping[str, int]
 
     def totals(self) -> dict[str, dict[str, int]]:
         """Return sums by kind: total, constant, unread, removable, kept although dead."""
@@ -61,7 +73,10 @@ class Inspection:
             "schema": "etp-deploy/inspect/1",
             "source": self.source,
             "align": self.align,
+            "target": self.target,
             "zero_below": self.zero_below,
+            "by_align": dict(self.by_align),
+            "nearly_dead": dict(self.nearly_dead),
             "totals": self.totals(),
             "layers": [
                 {**dataclasses.asdict(row), "removable": row.removed, "kept_dead": row.kept_dead}
@@ -85,29 +100,52 @@ class Explanation:
         return {"schema": "etp-deploy/explain/1", **dataclasses.asdict(self)}
 
 
-def inspect(source: Path | str, *, align: str | int = "auto", zero_below: float = 0.0) -> Inspection:
+def inspect(
+    source: Path | str, *, align: str | int = "auto", target: str = HOST, zero_below: float = 0.0
+) -> Inspection:
     """Return what `compress` would remove, layer by layer.
 
     Args:
         source: the model.
-        align: as for `compress`.
+        align: as for `compress`, but that "auto" is the target's rule: nothing is measured.
+        target: as for `compress`.
         zero_below: as for `compress`.
 
     Raises:
         ModelError: when the source cannot be read as a model.
         UsageError: when an option makes no sense.
     """
-    analysis_rows = _analyse(source, align, zero_below)[0]
-    return Inspection(str(source), align, zero_below, analysis_rows)
+    removal, analysis, model = _analyse(source, align, target, zero_below)
+    planned = host_target() if target == HOST else target_named(target)
+    others = {"off": 1, **{str(multiple): multiple for multiple in planned.multiples if multiple > 1}}
+    by_align = {
+        name: _removed(plan(analysis.graph, multiple_fill(multiple))[0].layers)
+        for name, multiple in (others if convolutions(analysis) else {}).items()
+    }
+    return Inspection(
+        source=str(source),
+        align=align,
+        zero_below=zero_below,
+        layers=removal.layers,
+        target=planned.name,
+        by_align=by_align if len(set(by_align.values())) > 1 else {},
+        nearly_dead={f"{share:g}": newly_dead(model, share) for share in TRIED_SHARES if share > zero_below},
+    )
 
 
-def _analyse(source: Path | str, align: str | int, zero_below: float) -> tuple[tuple[Layer, ...], Analysis]:
-    fill = alignment_fill(align)
+def _removed(layers: tuple[Layer, ...]) -> int:
+    return sum(row.removed for row in layers)
+
+
+def _analyse(
+    source: Path | str, align: str | int, target: str, zero_below: float
+) -> tuple[RemovalPlan, Analysis, ir.Model]:
+    fill = alignment_fill(align, host_target() if target == HOST else target_named(target))
     model = read_model(Path(source))
     if zero_below:
         model = with_zeros(model, zero_below)
     removal, analysis = plan(prepare(model).graph, fill)
-    return removal.layers, analysis
+    return removal, analysis, model
 
 
 def explain(
@@ -116,6 +154,7 @@ def explain(
     axis: int | None = None,
     *,
     align: str | int = "auto",
+    target: str = HOST,
     zero_below: float = 0.0,
 ) -> Explanation:
     """Return the chain of reasons why indices along an axis of a tensor stay, node by node.
@@ -124,14 +163,15 @@ def explain(
         source: the model.
         tensor: the name of a tensor, in the main graph or in a body.
         axis: which axis; the first with channels by default.
-        align: as for `compress`.
+        align: as for `inspect`.
+        target: as for `compress`.
         zero_below: as for `compress`.
 
     Raises:
         ModelError: when the source cannot be read as a model.
         UsageError: when there is no such tensor or axis.
     """
-    _, analysis = _analyse(source, align, zero_below)
+    _, analysis, _ = _analyse(source, align, target, zero_below)
     value = _find(analysis, tensor, source)
     structure = analysis.state.structure(value)
     if structure is None:

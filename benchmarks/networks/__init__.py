@@ -7,5 +7,5 @@ from networks.language import LANGUAGE
 from networks.series import SERIES
 from networks.vision import VISION
 
-ENTRIES = {**LANGUAGE, **VISION, **SERIES, **GRAPHS}
+ENTRIES = {**GRAPHS, **VISION, **SERIES, **LANGUAGE}
 NAMES = [*ENTRIES, *(f"zoo: {name}" for name in ZOO)]

@@ -89,7 +89,6 @@ def _neurons(written: tuple[str, ...], read: tuple[str, ...], *others: str, sile
 
 
 ALL = ("lin_value", "lin_key", "lin_query", "lin_skip")
-GATED = ("lin_value", "lin_key", "lin_query", "lin_skip")
 elu = nn.functional.elu
 
 GRAPHS: dict[str, Entry] = {
@@ -127,6 +126,6 @@ GRAPHS: dict[str, Entry] = {
     ),
     "ResGatedGraphConv": _graph(
         "ResGatedGraphConv",
-        _neurons((*GATED[:1], GATED[3]), GATED, "lin_key", "lin_query", "bias", silent=True),
+        _neurons(("lin_value", "lin_skip"), ALL, "lin_key", "lin_query", "bias", silent=True),
     ),
 }

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from etp_deploy.cli.options import PATH, align, as_json, inputs, zero_below
+from etp_deploy.cli.options import PATH, align, as_json, inputs, target, zero_below
 from etp_deploy.cli.sources import check_model, read_inputs
 from etp_deploy.cli.terminal import emit, quiet_stdout, show, stages
 from etp_deploy.errors import UsageError
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 @click.argument("source", type=PATH, metavar="IN.onnx")
 @click.option("-o", "--output", type=PATH, required=True, metavar="OUT.onnx", help="The file to write.")
 @align
+@target
 @zero_below
 @inputs("npz, json or a folder of images to verify on, a batch's samples also alone; drawn by default.")
 @click.option("--no-verify", is_flag=True, help="Write the result without comparing it with the original.")
@@ -30,6 +31,7 @@ def compress(
     source: Path,
     output: Path,
     align: str | int,
+    target: str,
     zero_below: float,
     inputs: Path | None,
     no_verify: bool,
@@ -60,6 +62,7 @@ def compress(
             source,
             output,
             align=align,
+            target=target,
             zero_below=zero_below,
             verify=not no_verify,
             simplify=not no_simplify,

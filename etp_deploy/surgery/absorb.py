@@ -1,4 +1,4 @@
-"""Bring equivalent ways of writing a layer into the one that the rules read: padding, initial states, copies."""
+"""Bring equivalent ways of writing a layer into the one that the rules read: padding, repetition, states, copies."""
 
 from __future__ import annotations
 
@@ -31,6 +31,21 @@ def absorb_padding(graph: ir.Graph) -> bool:
             user.replace_input_with(0, node.inputs[0])
         absorbed = True
     return absorbed
+
+
+def expand_tiles(graph: ir.Graph) -> bool:
+    """Write Tiles that repeat axes of size 1 as the Expand that they are; say if there was any."""
+    found = False
+    for node in graph:
+        if node.op_type != "Tile" or node.domain != "" or len(node.inputs) != 2:
+            continue
+        value, repeats = node.inputs[0], _parameter(node.inputs[1])
+        if repeats is None or value is None or value.shape is None or len(value.shape) != len(repeats):
+            continue
+        if all(count == 1 or size == 1 for count, size in zip(repeats, value.shape, strict=True)):
+            node.op_type = "Expand"
+            found = True
+    return found
 
 
 _STATES = {"LSTM": (5, 6), "GRU": (5,), "RNN": (5,)}

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,7 +22,7 @@ from onnx_shape_inference import SYM_DATA_KEY, ShapeInferenceError, infer_symbol
 import etp_deploy.surgery.fused_shapes
 import etp_deploy.surgery.quantized_shapes  # noqa: F401 - teaches shape inference
 from etp_deploy.errors import ModelError
-from etp_deploy.surgery.absorb import absorb_padding, omit_expansions, omit_zero_states
+from etp_deploy.surgery.absorb import absorb_padding, expand_tiles, omit_expansions, omit_zero_states
 from etp_deploy.surgery.boundaries import (
     forget_body_inputs,
     forget_shapes,
@@ -37,6 +38,7 @@ from etp_deploy.surgery.boundaries import (
 )
 from etp_deploy.surgery.evaluate import evaluate
 from etp_deploy.surgery.fusions import take_apart
+from etp_deploy.surgery.projections import open_projections
 from etp_deploy.surgery.shapes import Size, is_parameter
 from etp_deploy.surgery.stored import unpack
 
@@ -116,7 +118,11 @@ def prepare(model: ir.Model) -> ir.Model:
         changed = _fold_integers(model.graph) | _resolve_shapes(model.graph) | _fill_shapes(model.graph)
         remove_unused(model)
     graph = model.graph
-    if absorb_padding(graph) | omit_zero_states(graph) | omit_expansions(graph, shape_data):
+    if open_projections(graph, partial(constant, graph)):
+        remove_unused(model)
+        infer_shapes(model)
+    absorbed = absorb_padding(graph) | omit_zero_states(graph) | omit_expansions(graph, shape_data)
+    if absorbed | expand_tiles(graph):
         remove_unused(model)
     return model
 
