@@ -35,6 +35,7 @@ from etp_deploy.surgery.boundaries import (
     rebind,
     remove_unused,
 )
+from etp_deploy.surgery.equations import spell_out
 from etp_deploy.surgery.evaluate import evaluate
 from etp_deploy.surgery.fusions import take_apart
 from etp_deploy.surgery.shapes import Size, is_parameter
@@ -115,7 +116,7 @@ def prepare(model: ir.Model) -> ir.Model:
         infer_shapes(model)
         changed = _fold_integers(model.graph) | _resolve_shapes(model.graph) | _fill_shapes(model.graph)
         remove_unused(model)
-    if absorb_padding(model.graph) | omit_zero_states(model.graph):
+    if absorb_padding(model.graph) | omit_zero_states(model.graph) | spell_out(model.graph):
         remove_unused(model)
     return model
 

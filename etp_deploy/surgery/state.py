@@ -143,15 +143,11 @@ class State:
             mask = self.mask(value)
             if structure is None:
                 continue
-            for axis, cause in axes.items():
-                # Along a pinned axis all stays, for whatever of the tensor's other axes stays.
-                dims = tuple(frame_dims(structure, axis))
-                others = tuple(dim for dim in range(mask.ndim) if dim not in dims and mask.shape[dim] > 1)
-                rows = (
-                    mask.any(axis=dims, keepdims=True)
-                    if others
-                    else np.ones_like(mask, shape=(1,) * mask.ndim)
-                )
+            # Along pinned axes all stays, for whatever of the tensor's other axes stays.
+            dims = tuple(dim for axis in axes for dim in frame_dims(structure, axis))
+            others = any(dim not in dims and extent > 1 for dim, extent in enumerate(mask.shape))
+            for cause in axes.values():
+                rows = mask.any(axis=dims, keepdims=True) if others else np.ones((1,) * mask.ndim, bool)
                 self.grow(value, np.broadcast_to(rows, mask.shape), cause)
 
     def grow(self, value: ir.Value | None, mask: np.ndarray, cause: Cause) -> bool:
