@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from graphs import failure, shrunk, weight_elements
 from onnx import numpy_helper
 from test_surgery_regressions import Net, gained
+from torch import nn
+
+from etp_deploy import compress, export
 
 EXPERTS, WIDTH, HIDDEN = 3, 6, 8
 
@@ -169,3 +173,95 @@ def test_einsum_that_is_no_matrix_product_is_left_alone(equation):
     net.node("Einsum", ["q", "k"], "y", equation=equation)
     before, after = gained(net.case("y"))
     assert before == after
+
+
+# as torch exports them
+
+
+class Expert(nn.Module):
+    """A gated network in two steps."""
+
+    def __init__(self, hidden):
+        super().__init__()
+        self.gate, self.up = nn.Linear(WIDTH, hidden), nn.Linear(WIDTH, hidden)
+        self.down = nn.Linear(hidden, WIDTH)
+
+    def forward(self, x):
+        """Return the expert's answer to some tokens."""
+        return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+
+
+class Routed(nn.Module):
+    """Experts apart, each given the tokens that are routed to it, as Mixtral's are."""
+
+    def __init__(self, hidden):
+        super().__init__()
+        self.router = nn.Linear(WIDTH, EXPERTS, bias=False)
+        self.experts = nn.ModuleList(Expert(hidden) for _ in range(EXPERTS))
+
+    def forward(self, x):
+        """Return the routed sum for each token."""
+        tokens = x.reshape(-1, WIDTH)
+        shares, chosen = torch.topk(torch.softmax(self.router(tokens), -1), 2, dim=-1)
+        routes = nn.functional.one_hot(chosen, num_classes=EXPERTS).permute(2, 1, 0)
+        out = torch.zeros_like(tokens)
+        for route, expert in zip(routes, self.experts, strict=True):
+            place, token = torch.where(route)
+            out = out.index_add(0, token, expert(tokens[token]) * shares[token, place, None])
+        return out
+
+    def plant(self, dead):
+        """Let hidden neurons die: the first matrix lacks their rows, and one of the biases is zero."""
+        for expert, channels in zip(self.experts, dead, strict=True):
+            for tensor in (expert.gate.weight, expert.gate.bias, expert.up.weight):
+                tensor[list(channels)] = 0
+
+
+class Batched(nn.Module):
+    """Experts stacked, each given all tokens."""
+
+    def __init__(self, hidden):
+        super().__init__()
+        self.router = nn.Linear(WIDTH, EXPERTS, bias=False)
+        self.up = nn.Parameter(torch.randn(EXPERTS, WIDTH, 2 * hidden))
+        self.shift = nn.Parameter(torch.randn(EXPERTS, 1, 2 * hidden))
+        self.down = nn.Parameter(torch.randn(EXPERTS, hidden, WIDTH))
+
+    def forward(self, x):
+        """Return the weighted sum of all experts for each token."""
+        tokens = x.reshape(-1, WIDTH)
+        shares = torch.softmax(self.router(tokens), -1)
+        gate, up = (
+            torch.bmm(tokens.repeat(EXPERTS, 1).view(EXPERTS, -1, WIDTH), self.up) + self.shift
+        ).chunk(2, -1)
+        return (torch.bmm(nn.functional.silu(gate) * up, self.down) * shares.t()[:, :, None]).sum(0)
+
+    def plant(self, dead):
+        """Let hidden neurons die, gate and all."""
+        for expert, channels in enumerate(dead):
+            places = [*channels, *(HIDDEN + channel for channel in channels)]
+            self.up[expert][:, places] = 0
+            self.shift[expert][:, list(channels)] = 0
+
+
+def parameters(module):
+    """Return how many parameters a module has."""
+    return sum(tensor.numel() for tensor in module.parameters())
+
+
+@pytest.mark.parametrize(
+    ("kind", "exporter"), [(Routed, "dynamo"), (Routed, "torchscript"), (Batched, "dynamo")]
+)
+def test_exported_mixtures_shrink_to_what_small_ones_have(kind, exporter, tmp_path):
+    """As many parameters as the mixture built small; what else is stored is not more."""
+    dead, kept = DEAD["equal"]
+    torch.manual_seed(0)
+    model = kind(HIDDEN).eval()
+    with torch.no_grad():
+        model.plant(dead)
+    path = tmp_path / "model.onnx"
+    export(model, {"x": torch.randn(2, 5, WIDTH)}, path, dynamic=["x.0=batch"], exporter=exporter)
+    report = compress(path, tmp_path / "small.onnx", align="off")
+    extra = report.before.parameters - parameters(model)
+    assert 0 <= extra <= 1
+    assert report.after.parameters == parameters(kind(kept)) + extra
