@@ -15,6 +15,7 @@ from etp_deploy.files import check_output
 from etp_deploy.modelfile import keeps_weights_outside, move_model, read_model, write_model
 from etp_deploy.simplify import Simplifier
 from etp_deploy.sizes import ModelSizes, model_sizes
+from etp_deploy.surgery.duplicates import merge_duplicates as merge
 from etp_deploy.surgery.plan import Layer, plan
 from etp_deploy.surgery.policy import alignment_fill
 from etp_deploy.surgery.prepare import prepare
@@ -49,6 +50,7 @@ class CompressionReport:
         zero_below: the relative threshold that was used.
         nearly_dead: how many more output channels a threshold of 1e-6 would make dead.
         simplified: whether onnxsim's result was kept.
+        merged: how many channels another stands for, being multiples of it.
     """
 
     source: str
@@ -61,6 +63,7 @@ class CompressionReport:
     zero_below: float
     nearly_dead: int
     simplified: bool
+    merged: int = 0
 
     @property
     def removed(self) -> dict[str, int]:
@@ -95,6 +98,7 @@ class CompressionReport:
         document["seconds"] = self.seconds
         document["zero_below"] = {"used": self.zero_below, "at_1e-6_more_dead_channels": self.nearly_dead}
         document["simplified"] = self.simplified
+        document["merged_duplicates"] = self.merged
         return document
 
 
@@ -104,6 +108,7 @@ def compress(
     *,
     align: str | int = "auto",
     zero_below: float = 0.0,
+    merge_duplicates: bool = False,
     verify: bool = True,
     simplify: bool = True,
     progress: Callable[[str], None] | None = None,
@@ -116,6 +121,7 @@ def compress(
         align: "off" removes all that is dead; a number keeps channel counts of convolutions at its multiples;
             "auto" does what ONNX Runtime's kernels want.
         zero_below: weights below this share of their layer's largest count as zero.
+        merge_duplicates: let one channel stand for all that are multiples of it.
         verify: compare original and result before anything is written.
         simplify: run onnxsim, and keep its result if it is no worse.
         progress: called with the name of each stage as it begins.
@@ -151,6 +157,10 @@ def compress(
         with job.stage("prepare"):
             prepared = prepare(model)
             before = model_sizes(original, source, prepared.graph)
+        merged = 0
+        if merge_duplicates:
+            with job.stage("merge"):
+                merged = merge(prepared)
         result, rows = _shrink(prepared, model, job, fill)
         metadata = {"etp_deploy.version": __version__, "etp_deploy.removed": _in_words(_removed(rows))}
         with job.stage("write"):
@@ -178,6 +188,7 @@ def compress(
         zero_below=zero_below,
         nearly_dead=nearly,
         simplified=kept_simpler,
+        merged=merged,
     )
 
 

@@ -230,7 +230,7 @@ class Pointwise(Statement):
         constant_input = any(state.constant(self._value(index)) for index in self._live())
         if self.passing == "none" or not (constant_input or self.absorbing or self.fresh):
             return
-        parts = {index: self._known(state, index, structure) for index in self.maps}
+        parts = {index: self.operand(state, index, structure) for index in self.maps}
         shape = frame(structure)
         known = np.ones(shape, bool)
         for part_known, _ in parts.values():
@@ -268,7 +268,7 @@ class Pointwise(Statement):
                 known = known & (held == 0)
         state.set_constant(self.out, known, values)
 
-    def _known(self, state: State, index: int, structure: Structure) -> tuple[np.ndarray, np.ndarray]:
+    def operand(self, state: State, index: int, structure: Structure) -> tuple[np.ndarray, np.ndarray]:
         """Return where an operand is known and its values, in the output's dimensions."""
         value = self._value(index)
         dims = len(frame(structure))
