@@ -10,9 +10,13 @@ import numpy as np
 
 from etp_deploy.errors import UsageError
 from etp_deploy.modelfile import read_model
+from etp_deploy.surgery.duplicates import merge_duplicates as merge
 from etp_deploy.surgery.plan import Layer, plan, reason
 from etp_deploy.surgery.policy import alignment_fill
 from etp_deploy.surgery.prepare import prepare
+from etp_deploy.surgery.residuals import partial_residuals as read_partial
+from etp_deploy.surgery.residuals import shrink_branches
+from etp_deploy.surgery.rewrite import restore_interface, rewrite
 from etp_deploy.surgery.shapes import frame_dims, has_labels
 from etp_deploy.surgery.thresholds import with_zeros
 
@@ -34,12 +38,14 @@ class Inspection:
         align: the alignment that was asked for.
         zero_below: the relative threshold that was used.
         layers: one row for each layer that could shrink.
+        merged: how many channels another could stand for, being multiples of it.
     """
 
     source: str
     align: str | int
     zero_below: float
     layers: tuple[Layer, ...]
+    merged: int = 0
 
     def totals(self) -> dict[str, dict[str, int]]:
         """Return sums by kind: total, constant, unread, removable, kept although dead."""
@@ -62,6 +68,7 @@ class Inspection:
             "source": self.source,
             "align": self.align,
             "zero_below": self.zero_below,
+            "merged_duplicates": self.merged,
             "totals": self.totals(),
             "layers": [
                 {**dataclasses.asdict(row), "removable": row.removed, "kept_dead": row.kept_dead}
@@ -85,29 +92,57 @@ class Explanation:
         return {"schema": "etp-deploy/explain/1", **dataclasses.asdict(self)}
 
 
-def inspect(source: Path | str, *, align: str | int = "auto", zero_below: float = 0.0) -> Inspection:
+def inspect(
+    source: Path | str,
+    *,
+    align: str | int = "auto",
+    zero_below: float = 0.0,
+    merge_duplicates: bool = False,
+    partial_residuals: str | bool = False,
+) -> Inspection:
     """Return what `compress` would remove, layer by layer.
 
     Args:
         source: the model.
         align: as for `compress`.
         zero_below: as for `compress`.
+        merge_duplicates: as for `compress`.
+        partial_residuals: as for `compress`.
 
     Raises:
         ModelError: when the source cannot be read as a model.
         UsageError: when an option makes no sense.
     """
-    analysis_rows = _analyse(source, align, zero_below)[0]
-    return Inspection(str(source), align, zero_below, analysis_rows)
+    options = _Options(align, zero_below, merge_duplicates, partial_residuals)
+    rows, _, merged = _analyse(source, options)
+    return Inspection(str(source), align, zero_below, rows, merged)
 
 
-def _analyse(source: Path | str, align: str | int, zero_below: float) -> tuple[tuple[Layer, ...], Analysis]:
-    fill = alignment_fill(align)
+@dataclasses.dataclass(frozen=True)
+class _Options:
+    align: str | int
+    zero_below: float
+    merge_duplicates: bool
+    partial_residuals: str | bool
+
+
+def _analyse(source: Path | str, options: _Options) -> tuple[tuple[Layer, ...], Analysis, int]:
+    """Do what `compress` does before it writes; return the rows, the last analysis and how many channels merged."""
+    fill = alignment_fill(options.align)
+    partial = read_partial(options.partial_residuals, options.align)
     model = read_model(Path(source))
-    if zero_below:
-        model = with_zeros(model, zero_below)
-    removal, analysis = plan(prepare(model).graph, fill)
-    return removal.layers, analysis
+    if options.zero_below:
+        model = with_zeros(model, options.zero_below)
+    prepared = prepare(model)
+    merged = merge(prepared) if options.merge_duplicates else 0
+    removal, analysis = plan(prepared.graph, fill)
+    if partial is not None:
+        rewrite(prepared, removal.edits)
+        restore_interface(prepared, model)
+        more = shrink_branches(prepared, removal.layers, partial, fill)
+        if more is not None:
+            _, removal, analysis = more
+    return removal.layers, analysis, merged
 
 
 def explain(
@@ -117,6 +152,8 @@ def explain(
     *,
     align: str | int = "auto",
     zero_below: float = 0.0,
+    merge_duplicates: bool = False,
+    partial_residuals: str | bool = False,
 ) -> Explanation:
     """Return the chain of reasons why indices along an axis of a tensor stay, node by node.
 
@@ -126,12 +163,15 @@ def explain(
         axis: which axis; the first with channels by default.
         align: as for `compress`.
         zero_below: as for `compress`.
+        merge_duplicates: as for `compress`.
+        partial_residuals: as for `compress`; where branches shrink, the reasons are those of what is left then.
 
     Raises:
         ModelError: when the source cannot be read as a model.
         UsageError: when there is no such tensor or axis.
     """
-    _, analysis = _analyse(source, align, zero_below)
+    options = _Options(align, zero_below, merge_duplicates, partial_residuals)
+    _, analysis, _ = _analyse(source, options)
     value = _find(analysis, tensor, source)
     structure = analysis.state.structure(value)
     if structure is None:

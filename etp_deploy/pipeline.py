@@ -19,6 +19,8 @@ from etp_deploy.surgery.duplicates import merge_duplicates as merge
 from etp_deploy.surgery.plan import Layer, plan
 from etp_deploy.surgery.policy import alignment_fill
 from etp_deploy.surgery.prepare import prepare
+from etp_deploy.surgery.residuals import Partial, shrink_branches
+from etp_deploy.surgery.residuals import partial_residuals as read_partial
 from etp_deploy.surgery.rewrite import restore_interface, rewrite
 from etp_deploy.surgery.thresholds import newly_dead, with_zeros
 from etp_deploy.verification import Verification
@@ -109,6 +111,7 @@ def compress(
     align: str | int = "auto",
     zero_below: float = 0.0,
     merge_duplicates: bool = False,
+    partial_residuals: str | bool = False,
     verify: bool = True,
     simplify: bool = True,
     progress: Callable[[str], None] | None = None,
@@ -122,6 +125,8 @@ def compress(
             "auto" does what ONNX Runtime's kernels want.
         zero_below: weights below this share of their layer's largest count as zero.
         merge_duplicates: let one channel stand for all that are multiples of it.
+        partial_residuals: shrink branches that add nothing to some channels of their residual: "always", or True
+            where that pays.
         verify: compare original and result before anything is written.
         simplify: run onnxsim, and keep its result if it is no worse.
         progress: called with the name of each stage as it begins.
@@ -137,7 +142,7 @@ def compress(
         raise UsageError(
             "the threshold is a share of a layer's largest weight", where=str(zero_below), hint="0 to 1"
         )
-    fill = alignment_fill(align)
+    fill, partial = alignment_fill(align), read_partial(partial_residuals, align)
     job = _Job(progress)
     with job.stage("read"):
         original = read_model(source)
@@ -161,7 +166,7 @@ def compress(
         if merge_duplicates:
             with job.stage("merge"):
                 merged = merge(prepared)
-        result, rows = _shrink(prepared, model, job, fill)
+        result, rows = _shrink(prepared, model, job, fill, partial)
         metadata = {"etp_deploy.version": __version__, "etp_deploy.removed": _in_words(_removed(rows))}
         with job.stage("write"):
             outside = keeps_weights_outside(original)
@@ -193,17 +198,25 @@ def compress(
 
 
 def _shrink(
-    prepared: ir.Model, model: ir.Model, job: _Job, fill: Fill | None
+    prepared: ir.Model, model: ir.Model, job: _Job, fill: Fill | None, partial: Partial | None
 ) -> tuple[ir.Model, tuple[Layer, ...]]:
     """Plan and rewrite; return the model itself where nothing can go."""
+    result = model
     with job.stage("plan"):
         removal, _ = plan(prepared.graph, fill)
-    if not removal.edits:
-        return model, removal.layers
-    with job.stage("rewrite"):
-        rewrite(prepared, removal.edits)
-        restore_interface(prepared, model)
-    return prepared, removal.layers
+    if removal.edits:
+        with job.stage("rewrite"):
+            rewrite(prepared, removal.edits)
+            restore_interface(prepared, model)
+            result = prepared
+    if partial is not None:
+        with job.stage("residuals"):
+            more = shrink_branches(result, removal.layers, partial, fill)
+            if more is not None:
+                result, removal, _ = more
+                rewrite(result, removal.edits)
+                restore_interface(result, model)
+    return result, removal.layers
 
 
 def _verified(reference: Path, candidate: Path, source: Path) -> Verification:

@@ -85,7 +85,9 @@ def test_multiples_merge_where_the_operator_keeps_them(between, biased):
     assert gained(case) == (elements(8, biased), elements(5, biased), 3)
 
 
-@pytest.mark.parametrize(("between", "sign"), [("Relu", -1), ("MaxPool", -1), ("Sigmoid", 1), ("HardSwish", 1)])
+@pytest.mark.parametrize(
+    ("between", "sign"), [("Relu", -1), ("MaxPool", -1), ("Sigmoid", 1), ("HardSwish", 1)]
+)
 def test_other_multiples_stay(between, sign):
     """Negative controls: a change of sign through Relu, a multiple through what is not homogeneous."""
     # with a change of sign channels 5 and 7 are positive multiples of one another still

@@ -19,25 +19,34 @@ if TYPE_CHECKING:
 AUTO_MULTIPLE = 4
 
 
-def alignment_fill(align: str | int) -> Fill | None:
-    """Return the policy for an `--align` value: "off", "auto" or a number.
+def alignment(align: str | int) -> int:
+    """Return what an `--align` value ("off", "auto" or a number) wants counts of channels to be multiples of.
 
     Raises:
         UsageError: for anything else.
     """
-    if align in {"off", "1", 1}:
+    if align in {"off", "auto"}:
+        return 1 if align == "off" else AUTO_MULTIPLE
+    try:
+        multiple = int(align)
+    except ValueError:
+        multiple = 0
+    if multiple < 1:
+        raise UsageError(
+            "alignment is auto, off or a positive number", where=str(align), hint="try --align 16"
+        )
+    return multiple
+
+
+def alignment_fill(align: str | int) -> Fill | None:
+    """Return the policy for an `--align` value.
+
+    Raises:
+        UsageError: for anything that is none.
+    """
+    multiple = alignment(align)
+    if multiple == 1:
         return None
-    if align == "auto":
-        multiple = AUTO_MULTIPLE
-    else:
-        try:
-            multiple = int(align)
-        except ValueError:
-            multiple = 0
-        if multiple < 1:
-            raise UsageError(
-                "alignment is auto, off or a positive number", where=str(align), hint="try --align 16"
-            )
 
     def fill(analysis: Analysis) -> bool:
         grown = [_fill_data(analysis, says, multiple) for says in _convolutions(analysis)]

@@ -15,6 +15,7 @@ from etp_deploy.surgery.prepare import constant
 from etp_deploy.surgery.statements.base import (
     AddVector,
     Affine,
+    Bypass,
     Edit,
     FreeShape,
     GatherInput,
@@ -51,7 +52,7 @@ class Rewriter:
         """Apply all edits; vectors to add come last, since they may join an initializer that was cut."""
         for node, changes in edits:
             for change in changes:
-                if not isinstance(change, AddVector | Affine):
+                if not isinstance(change, AddVector | Affine | Bypass):
                     self._apply(node, change)
         for node, changes in edits:
             for change in changes:
@@ -59,6 +60,15 @@ class Rewriter:
                     self._add_vector(node, change)
                 elif isinstance(change, Affine):
                     self._affine(node, change)
+        for node, changes in edits:
+            if Bypass() in changes:
+                self._leave_out(node)
+
+    def _leave_out(self, node: ir.Node) -> None:
+        source, out = node.inputs[0], node.outputs[0]
+        if source is not None and not out.is_graph_output():
+            out.replace_all_uses_with(source)
+            graph_of(node).remove(node, safe=True)
 
     def _apply(self, node: ir.Node, edit: Edit) -> None:
         if isinstance(edit, SetAttribute | SetShape | SetSlice | FreeShape):
