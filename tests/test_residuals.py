@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
 from graphs import run, weight_elements
+from test_cli import PLAIN, call
 from test_surgery_regressions import Net
 
 from etp_deploy import compress
@@ -163,3 +166,40 @@ def test_compress_and_inspect_agree(tmp_path):
     assert explain(path, "branch", align="off", partial_residuals="always").kept == 7
     with pytest.raises(UsageError, match="no way to treat residuals"):
         inspect(path, partial_residuals="sometimes")
+
+
+def twins(path):
+    """Write a stream with a branch of which half adds nothing, and of two channels inside one is twice the other."""
+    net = Net(x=(1, 3, 6, 6))
+    first = net.rand(6, 3, 3, 3)
+    first[4] = 2 * first[1]
+    net.node("Conv", ["x", net.rand(8, 3, 3, 3)], "stream")
+    net.node("Conv", ["x", first], "inner")
+    net.node("Relu", ["inner"], "bent")
+    net.node("Conv", ["bent", net.rand(8, 6, 1, 1, dead=range(4, 8))], "branch")
+    net.node("Add", ["stream", "branch"], "sum")
+    net.node("Relu", ["sum"], "out")
+    net.node("Conv", ["out", net.rand(2, 8, 1, 1)], "y")
+    onnx.save(net.case("y").model, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("options", "left"),
+    [((), (6, 8)), (("--merge-duplicates",), (5, 8)), (("--partial-residuals", "always"), (6, 4))],
+)
+def test_removal_beyond_what_is_dead(options, left, capfd, tmp_path):
+    """Duplicates and partial residuals go on request, and inspect shows what compress does."""
+    source, out = twins(tmp_path / "twins.onnx"), tmp_path / "o.onnx"
+    arguments = ("compress", source, "-o", out, PLAIN, "--align", "off", "--json", *options)
+    _, printed, told = call(capfd, *arguments)
+    document = json.loads(printed)
+    assert document["parameters"]["after"] == 8 * 27 + left[0] * 27 + left[0] * left[1] + 16
+    assert document["merged_duplicates"] == 6 - left[0]
+    assert ("merged as multiples of others: 1" in told) == (left[0] == 5)
+    shown = json.loads(call(capfd, "inspect", source, "--align", "off", "--json", *options)[1])
+    assert {row["name"]: row["kept"] for row in shown["layers"]}["branch"] == left[1]
+    assert [row["kept"] for row in shown["layers"]] == [row["kept"] for row in document["layers"]]
+    assert shown["merged_duplicates"] == 6 - left[0]
+    lines = call(capfd, "inspect", source, "--align", "off", "--explain", "branch", *options)[1]
+    assert f"{left[1]} of {left[1]} stay" in lines or f"{left[1]} of 8 stay" in lines

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from etp_deploy.cli.options import PATH, align, as_json, zero_below
+from etp_deploy.cli.options import PATH, align, as_json, merge_duplicates, partial_residuals, zero_below
 from etp_deploy.cli.sources import check_model
 from etp_deploy.cli.terminal import emit, quiet_stdout, show, stages
 from etp_deploy.errors import UsageError
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 @click.option("-o", "--output", type=PATH, required=True, metavar="OUT.onnx", help="The file to write.")
 @align
 @zero_below
+@merge_duplicates
+@partial_residuals
 @click.option("--no-verify", is_flag=True, help="Write the result without comparing it with the original.")
 @click.option("--no-simplify", is_flag=True, help="Leave onnxsim out.")
 @click.option("--report", type=PATH, metavar="FILE.html", help="Write a page that opens without a network.")
@@ -30,6 +32,8 @@ def compress(
     output: Path,
     align: str | int,
     zero_below: float,
+    merge_duplicates: bool,
+    partial_residuals: str,
     no_verify: bool,
     no_simplify: bool,
     report: Path | None,
@@ -56,6 +60,8 @@ def compress(
             output,
             align=align,
             zero_below=zero_below,
+            merge_duplicates=merge_duplicates,
+            partial_residuals=partial_residuals,
             verify=not no_verify,
             simplify=not no_simplify,
             progress=tell,
