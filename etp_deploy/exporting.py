@@ -27,11 +27,11 @@ from etp_deploy.factories import (
     require_torch,
 )
 from etp_deploy.files import check_output
-from etp_deploy.inputs import draw_inputs, dynamic_dims, input_specs
+from etp_deploy.inputs import dynamic_dims, input_specs
 from etp_deploy.modelfile import read_model, write_model
 from etp_deploy.sessions import shapes_line
 from etp_deploy.tracing import EXPORTERS, Call, evaluating, make_call, trace
-from etp_deploy.verification import plan_trials
+from etp_deploy.trials import plan_trials
 from etp_deploy.worker import first_line, isolated
 
 if TYPE_CHECKING:
@@ -175,10 +175,7 @@ def _compare(
     specs = input_specs(file)
     sizes = {dim: call.tensors[name].shape[i] for name, axes in call.dims.items() for i, dim in axes.items()}
     start = {dim: size for dim, size in sizes.items() if dim in dynamic_dims(specs)}
-    drawn = [
-        draw_inputs(specs, seed=trial.seed, dims=trial.dims)
-        for trial in plan_trials(specs, samples=samples, seed=seed, start=start)
-    ]
+    drawn = [trial.feeds(specs) for trial in plan_trials(specs, samples=samples, seed=seed, start=start)]
     feeds = [{name: _tensor(array) for name, array in arrays.items()} for arrays in drawn]
     if call.given:
         feeds.insert(0, call.tensors)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from etp_deploy.errors import UsageError
+from etp_deploy.inputs import fits
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -66,10 +67,7 @@ def _as(spec: InputSpec, array: np.ndarray, path: Path) -> np.ndarray:
     Raises:
         UsageError: when it does not.
     """
-    fits = array.ndim == len(spec.shape) and all(
-        isinstance(want, str) or want == have for want, have in zip(spec.shape, array.shape, strict=True)
-    )
-    if not fits:
+    if not fits(spec, array):
         raise UsageError(
             f"{spec.name}: holds {array.shape}, the model takes {spec.shape}", where=str(path), hint=""
         )

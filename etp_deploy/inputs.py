@@ -115,6 +115,33 @@ def draw_inputs(
     return drawn
 
 
+def given_inputs(specs: Sequence[InputSpec], given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Pick a model's inputs from those given, in the type that it takes.
+
+    Raises:
+        UsageError: when one is missing, of another shape, or not of numbers where numbers are wanted.
+    """
+    found = {}
+    for spec in specs:
+        if spec.name not in given:
+            raise UsageError("no array was given for this input", where=spec.name, hint="name all inputs")
+        array = np.asarray(given[spec.name])
+        if not fits(spec, array):
+            raise UsageError(f"given {array.shape}, the model takes {spec.shape}", where=spec.name, hint="")
+        try:
+            found[spec.name] = array.astype(spec.dtype, copy=False)
+        except (TypeError, ValueError) as error:
+            raise UsageError(str(error), where=spec.name, hint=f"wanted {spec.dtype}") from error
+    return found
+
+
+def fits(spec: InputSpec, array: np.ndarray) -> bool:
+    """Whether an array has the axes of an input, with its sizes where they are not dynamic."""
+    return array.ndim == len(spec.shape) and all(
+        isinstance(want, str) or want == have for want, have in zip(spec.shape, array.shape, strict=True)
+    )
+
+
 def resolve_dims(
     specs: Sequence[InputSpec], *, dims: Mapping[str, int] | None = None, batch: int | None = None
 ) -> dict[str, int]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from etp_deploy import __version__
 from etp_deploy.errors import UsageError, VerificationError
 from etp_deploy.files import check_output
+from etp_deploy.inputs import given_inputs, input_specs
 from etp_deploy.modelfile import keeps_weights_outside, move_model, read_model, write_model
 from etp_deploy.simplify import Simplifier
 from etp_deploy.sizes import ModelSizes, model_sizes
@@ -27,8 +28,9 @@ from etp_deploy.verification import Verification
 from etp_deploy.verification import verify as verify_models
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
+    import numpy as np
     import onnx_ir as ir
 
     from etp_deploy.surgery.analysis import Fill
@@ -114,6 +116,7 @@ def compress(
     partial_residuals: str | bool = False,
     verify: bool = True,
     simplify: bool = True,
+    inputs: Mapping[str, np.ndarray] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> CompressionReport:
     """Remove every dead channel, head and neuron of an ONNX model exactly, and write the result.
@@ -129,6 +132,7 @@ def compress(
             where that pays.
         verify: compare original and result before anything is written.
         simplify: run onnxsim, and keep its result if it is no worse.
+        inputs: an array for each input, to compare on instead of drawn ones.
         progress: called with the name of each stage as it begins.
 
     Raises:
@@ -142,10 +146,14 @@ def compress(
         raise UsageError(
             "the threshold is a share of a layer's largest weight", where=str(zero_below), hint="0 to 1"
         )
+    if inputs is not None and not verify:
+        raise UsageError("nothing runs on the inputs", where="inputs", hint="verify, or leave them out")
     fill, partial = alignment_fill(align), read_partial(partial_residuals, align)
     job = _Job(progress)
     with job.stage("read"):
         original = read_model(source)
+        if inputs is not None:
+            inputs = given_inputs(input_specs(source), inputs)
         check_output(destination, inputs=(source,))
     with ExitStack() as stack:
         simplifier = stack.enter_context(Simplifier()) if simplify else None
@@ -178,7 +186,7 @@ def compress(
         verification = None
         if verify:
             with job.stage("verify"):
-                verification = _verified(reference, candidate, source)
+                verification = _verified(reference, candidate, source, inputs)
         with job.stage("write"):
             move_model(candidate, destination, inputs=(source,))
     written = read_model(destination)
@@ -219,14 +227,22 @@ def _shrink(
     return result, removal.layers
 
 
-def _verified(reference: Path, candidate: Path, source: Path) -> Verification:
+def _verified(
+    reference: Path, candidate: Path, source: Path, inputs: Mapping[str, np.ndarray] | None
+) -> Verification:
     """Compare the two; a disagreement ends the job."""
-    verification = verify_models(reference, candidate)
+    verification = verify_models(reference, candidate, inputs=inputs)
     if not verification.passed:
+        unseen = inputs is None and not verification.samples
+        advice = (
+            "give real inputs (--inputs) if drawn ones do not suit it"
+            if unseen
+            else "please report the model"
+        )
         raise VerificationError(
             f"the compressed model does not agree with the original: {verification.reason}",
             where=str(source),
-            hint="nothing was written; please report the model",
+            hint=f"nothing was written; {advice}",
         )
     return verification
 

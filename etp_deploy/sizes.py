@@ -58,7 +58,7 @@ class ModelSizes:
 def model_sizes(model: ir.Model, path: Path, prepared: ir.Graph | None = None) -> ModelSizes:
     """Count a model's sizes; `path` is where it lies, `prepared` its graph with shapes where that is at hand."""
     return ModelSizes(
-        parameters=sum(int(tensor.size) for tensor in _weights(model)),
+        parameters=sum(int(tensor.size) for tensor in weights(model)),
         bytes=file_bytes(model, path),
         macs=count_macs(model) if prepared is None else graph_macs(prepared),
         nodes=sum(1 for node in model.graph.all_nodes() if node.op_type != "Constant"),
@@ -75,7 +75,8 @@ def constants(model: ir.Model) -> Iterable[int]:
     return (int(tensor.size) for tensor in _constants(model))
 
 
-def _weights(model: ir.Model) -> Iterable[ir.TensorProtocol]:
+def weights(model: ir.Model) -> Iterable[ir.TensorProtocol]:
+    """Yield all constants of a model of a type that weights have: initializers and Constant nodes, in all graphs."""
     return (tensor for tensor in _constants(model) if is_weight_type(tensor.dtype))
 
 

@@ -1,7 +1,8 @@
 """Whether two models compute the same, by running both in ONNX Runtime; closed in every case of doubt.
 
-Both run on inputs drawn to the original's real ranges, for several seeds, for several sizes of what is
-dynamic, with graph optimisation off and on. Sizes that the original itself refuses are left out and named.
+Both run on inputs drawn to the original's real ranges, for several seeds and several sizes of what is dynamic,
+or on given ones, with graph optimisation off and on. Sizes that the original itself refuses are left out and
+named.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ import onnx
 from etp_deploy.comparing import ATOL, RTOL, Difference, difference, format_rtol
 from etp_deploy.errors import ModelError, UsageError
 from etp_deploy.input_ranges import with_subgraphs
-from etp_deploy.inputs import draw_inputs, dynamic_dims, input_specs, resolve_dims
+from etp_deploy.inputs import input_specs
 from etp_deploy.sessions import open_session, provider_name, run_session
+from etp_deploy.trials import given_trials, plan_trials
 from etp_deploy.worker import isolated
 
 if TYPE_CHECKING:
@@ -27,25 +29,13 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from etp_deploy.inputs import InputSpec
+    from etp_deploy.trials import Trial
 
 _Outputs = dict[str, Any]
 # a model that differs from itself by more than this share of an output's scale is not believed
 LARGEST_NOISE = 1e-2
 # another order of summation may round this many times worse than the two that were compared
 NOISE_MARGIN = 4
-
-
-@dataclasses.dataclass(frozen=True)
-class Trial:
-    """One drawing of inputs.
-
-    Args:
-        seed: of the random numbers.
-        dims: the size of each dynamic dimension, by name.
-    """
-
-    seed: int
-    dims: dict[str, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +52,7 @@ class Verification:
         rtol: the relative tolerance applied.
         atol: the absolute tolerance applied.
         samples: how many inputs were compared, with and without graph optimisation.
-        seeds: the seeds of their random numbers.
+        seeds: the seeds of their random numbers; none where the inputs were given.
         shapes: the input shapes tried, each as {input: shape}.
         notes: what the reader should know: sizes that the original refuses.
         provider: the execution provider both ran on.
@@ -104,6 +94,7 @@ def verify(
     atol: float = ATOL,
     provider: str = "cpu",
     dims: Mapping[str, int] | None = None,
+    inputs: Mapping[str, np.ndarray] | None = None,
     timeout_s: float = 600.0,
 ) -> Verification:
     """Run two models on the same inputs and compare every output.
@@ -122,6 +113,8 @@ def verify(
         atol: allowed absolute error.
         provider: "cpu", "cuda" or a name that ONNX Runtime uses.
         dims: fixed sizes for dynamic dimensions, by name or as "input.axis".
+        inputs: an array for each input, to run on instead of drawn ones; along a dynamic batch its samples
+            run alone, too.
         timeout_s: wall-clock limit in seconds for all runs together.
 
     Raises:
@@ -132,10 +125,16 @@ def verify(
     from etp_deploy.modelfile import read_model  # noqa: PLC0415 - the worker process can do without its weight
 
     _check_options(samples=samples, rtol=rtol, atol=atol)
+    if inputs is not None and dims:
+        raise UsageError("given inputs have their sizes", where=", ".join(dims), hint="give one of both")
     models = read_model(original), read_model(result)
     provider_name(provider)
     specs = input_specs(original)
-    trials = plan_trials(specs, samples=samples, seed=seed, dims=dims)
+    trials = (
+        plan_trials(specs, samples=samples, seed=seed, dims=dims)
+        if inputs is None
+        else given_trials(specs, inputs, samples=samples)
+    )
     rtol = max(rtol, _model_rtol(original))
     settings = {"rtol": rtol, "atol": atol, "provider": provider}
     mismatch = _interface_mismatch(*models)
@@ -153,61 +152,6 @@ def verify(
     except ModelError as error:
         return _failed(str(error), settings)
     return answer
-
-
-def plan_trials(
-    specs: Sequence[InputSpec],
-    *,
-    samples: int,
-    seed: int,
-    dims: Mapping[str, int] | None = None,
-    start: Mapping[str, int] | None = None,
-) -> tuple[Trial, ...]:
-    """Choose seeds and sizes: `samples` at the default sizes, then one for each other choice of sizes.
-
-    The others are a larger batch, and, with a batch of 2, every other dimension shorter (odd) and longer than
-    its default.
-
-    Args:
-        specs: the inputs.
-        samples: how many trials at the default sizes.
-        seed: of the first trial; the others count up.
-        dims: sizes that stay as they are in every trial.
-        start: default sizes other than those that suit any model.
-
-    Raises:
-        UsageError: when `dims` names no dynamic dimension.
-    """
-    default = resolve_dims(specs, dims={**(start or {}), **(dims or {})})
-    pinned = _pinned(specs, dims or {})
-    batch = {
-        name for name in dynamic_dims(specs) if any(spec.shape[:1] == (name,) for spec in specs)
-    } - pinned
-    others = set(default) - batch - pinned
-    choices = [default]
-    if batch:
-        choices.append({name: 3 if name in batch else size for name, size in default.items()})
-    if others:
-        for scale in (_shorter, _longer):
-            sizes = {name: scale(size) if name in others else size for name, size in default.items()}
-            choices.append({name: 2 if name in batch else size for name, size in sizes.items()})
-    first = [Trial(seed + i, default) for i in range(samples)]
-    return (*first, *(Trial(seed + samples + i, sizes) for i, sizes in enumerate(choices[1:])))
-
-
-def _shorter(size: int) -> int:
-    """Return an odd sequence length, or three quarters of a spatial size, which keeps factors of two."""
-    return size * 3 // 4 if size % 32 == 0 else max(1, size // 2 - 1)
-
-
-def _longer(size: int) -> int:
-    return size * 3 // 2 if size % 32 == 0 else size * 2
-
-
-def _pinned(specs: Sequence[InputSpec], dims: Mapping[str, int]) -> set[str]:
-    """Return the names of the dimensions whose size the caller fixed."""
-    places = {f"{spec.name}.{axis}": dim for spec in specs for axis, dim in enumerate(spec.shape)}
-    return {str(places.get(name, name)) for name in dims}
 
 
 def _check_options(*, samples: int, rtol: float, atol: float) -> None:
@@ -286,7 +230,7 @@ def _verify(original: str, result: str, trials: Sequence[Trial], settings: dict[
         noise_abs=noise.max_abs,
         noise_rel=noise.max_rel,
         samples=len(trials),
-        seeds=tuple(trial.seed for trial in trials),
+        seeds=tuple(trial.seed for trial in trials if trial.seed is not None),
         shapes=_shapes(specs, trials),
         notes=notes,
         **settings,
@@ -304,7 +248,7 @@ def _run_all(
     answers: list[_Outputs | str] = []
     for trial in trials:
         try:
-            answers.append(run_session(session, draw_inputs(specs, seed=trial.seed, dims=trial.dims)))
+            answers.append(run_session(session, trial.feeds(specs)))
         except ModelError as error:
             answers.append(error.message)
     return answers
@@ -362,8 +306,7 @@ def _skipped(trials: Sequence[Trial], runs: Mapping[bool, Sequence[_Outputs | st
 def _shapes(specs: Sequence[InputSpec], trials: Sequence[Trial]) -> tuple[dict[str, tuple[int, ...]], ...]:
     shapes: list[dict[str, tuple[int, ...]]] = []
     for trial in trials:
-        drawn = draw_inputs(specs, seed=trial.seed, dims=trial.dims)
-        sizes = {name: array.shape for name, array in drawn.items()}
+        sizes = {name: array.shape for name, array in trial.feeds(specs).items()}
         if sizes not in shapes:
             shapes.append(sizes)
     return tuple(shapes)

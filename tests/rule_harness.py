@@ -21,6 +21,7 @@ from rule_ends import MODES, ORDERS, Sink, Source, factor_sizes, kept_slice, pla
 
 from etp_deploy.errors import PlanError
 from etp_deploy.surgery.analysis import Analysis, read, solve
+from etp_deploy.surgery.boundaries import open_bodies
 from etp_deploy.surgery.prepare import infer_shapes
 from etp_deploy.surgery.rewrite import Rewriter
 from etp_deploy.surgery.rules import registry
@@ -109,6 +110,7 @@ class Trial:
         sources = [helper.make_node("Source", [], [t.name], domain=HARNESS) for t in self.tensors]
         sink = helper.make_node("Sink", self.outputs, [], domain=HARNESS)
         model = ir.from_proto(self._model([*sources, self.node, sink], [], [], self.weights))
+        open_bodies(model)
         known = {value.name: value for value in (*inferred.graph.inputs, *inferred.graph.outputs)}
         for value in (value for node in model.graph for value in node.outputs):
             value.shape, value.type = known[value.name].shape, known[value.name].type

@@ -29,6 +29,8 @@ CONSTANTS = ("evaluate", "pass", "zero", "none")
 WORDS = ("whole",)
 _UNIT = "constants are evaluated at one place of the axis, for which the runtime refuses a scale of more"
 _MORE = "true, and more than the rule says, which mistrusts the rounding of a mean divided by almost nothing"
+_BODIES = "branches of an example read nothing that could be cut: test_surgery_bodies.py shows those that do"
+_LEFT_OUT = "no valid node leaves out a state"
 _SAME = "the operator itself, run on the constants, gives them back"
 # mutants that are as right as the rule, each with the reason
 EQUIVALENT: dict[tuple[str, str, str], str] = {
@@ -43,6 +45,15 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "resize",
         "'evaluate' for 'none' in 'none' if extrapolates else 'pass' in Pointwise",
     ): "one place, resized, has another shape, so that nothing is known",
+    ("controlflow", "branch", "without results=(End(one), End(two)) in Tie"): _BODIES,
+    ("controlflow", "branch", "without out=End(out) in Tie"): _BODIES,
+    ("controlflow", "loop", "without if source is None:"): _LEFT_OUT,
+    ("controlflow", "scan", "without if source is None:"): _LEFT_OUT,
+    (
+        "controlflow",
+        "scan",
+        "without if opset_of(node) < _SCAN_WITHOUT_BATCH:",
+    ): "with a batch axis more, the ranks inside and outside differ, so that nothing is tied",
     ("elementwise", "identity", "without constants='pass' in Pointwise"): _SAME,
     ("elementwise", "identity", "'evaluate' for 'pass' in 'pass' in Pointwise"): _SAME,
     ("movement", "concat", "without how='concat' in Select"): "the default",
@@ -97,8 +108,11 @@ class Mutant:
 
 
 def families() -> list[str]:
-    """Return the names of all modules that hold rules."""
-    return sorted({function.__module__.rsplit(".", 1)[1] for function in _ORIGINALS.values()})
+    """Return the modules whose rules carry examples; a node with a body is shown by whole graphs instead."""
+    shown = {
+        function.__module__ for operator, function in _ORIGINALS.items() if registry.examples_of(*operator)
+    }
+    return sorted(name.rsplit(".", 1)[1] for name in shown)
 
 
 def mutants(family: str) -> Iterator[Mutant]:

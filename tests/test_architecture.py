@@ -28,7 +28,7 @@ STAGES = (
         "sessions",
     ),
     ("surgery",),
-    ("sizes", "onnxsim_child", "simplify", "verification", "inspection"),
+    ("sizes", "onnxsim_child", "simplify", "trials", "verification", "inspection"),
     ("pipeline", "bundling", "exporting", "factories", "tracing", "training", "bench"),
     ("reports",),
     ("demo", "cli"),

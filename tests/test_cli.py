@@ -442,3 +442,62 @@ def test_numbers_that_json_has_no_words_for_become_null(capfd):
     """Infinities and NaN, wherever they are nested, are null."""
     emit({"a": [float("inf"), {"b": float("nan")}], "c": (1.5,)})
     assert json.loads(capfd.readouterr().out) == {"a": [None, {"b": None}], "c": [1.5]}
+
+
+def test_real_inputs_are_what_compress_and_verify_run_on(models, capfd, tmp_path):
+    """`--inputs` takes a file as `bench` does; a batch's samples also run alone."""
+    np.savez(tmp_path / "in.npz", x=np.random.default_rng(0).standard_normal((2, 3, 8, 8)))
+    out = tmp_path / "o.onnx"
+    arguments = ("compress", models / "a.onnx", "-o", out, "--inputs", tmp_path / "in.npz", "--json", PLAIN)
+    code, text, _ = call(capfd, *arguments)
+    found = json.loads(text)["verification"]
+    assert (code, found["passed"], found["samples"], found["seeds"]) == (0, True, 3, [])
+    assert found["shapes"] == [{"x": [2, 3, 8, 8]}, {"x": [1, 3, 8, 8]}]
+    pair = ("verify", models / "a.onnx", out, "--inputs", tmp_path / "in.npz")
+    assert call(capfd, *pair)[0] == 0
+    assert call(capfd, *pair[:2], models / "other.onnx", *pair[3:])[0] == 1
+
+
+@pytest.mark.parametrize("command", ["compress", "verify"])
+def test_real_inputs_that_cannot_be_used_are_refused(models, capfd, tmp_path, command):
+    """A file of other arrays, one that is missing, and options that contradict: exit 2, one line, no output."""
+    np.savez(tmp_path / "flat.npz", x=np.zeros((2, 3)))
+    out = tmp_path / "o.onnx"
+    more = ("-o", out) if command == "compress" else (models / "c.onnx",)
+    against = "--no-verify" if command == "compress" else "--shape=batch=2"
+    for extra, what in (
+        (("--inputs", tmp_path / "flat.npz"), "holds (2, 3), the model takes"),
+        (("--inputs", tmp_path / "none.npz"), "cannot read the inputs"),
+        (("--inputs", tmp_path / "flat.npz", against), "error: --"),
+    ):
+        code, text, err = call(capfd, command, models / "a.onnx", *more, *extra)
+        assert (code, text, err.count("\n")) == (2, "", 1)
+        assert what in err
+    assert not out.exists()
+
+
+def test_a_model_that_drawn_inputs_do_not_suit_is_not_written(capfd, tmp_path):
+    """The refusal names the way out."""
+    node = helper.make_node("Gather", ["table", "i"], ["y"])
+    far = helper.make_node("Add", ["x", "base"], ["i"])
+    graph = helper.make_graph(
+        [far, node],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.INT64, [2])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [2, 3])],
+        [
+            numpy_helper.from_array(np.ones((5, 3), np.float32), "table"),
+            numpy_helper.from_array(np.array(1000), "base"),
+        ],
+    )
+    onnx.save(
+        helper.make_model(graph, ir_version=8, opset_imports=[helper.make_opsetid("", 17)]),
+        tmp_path / "a.onnx",
+    )
+    arguments = ("compress", tmp_path / "a.onnx", "-o", tmp_path / "o.onnx", PLAIN)
+    code, _, err = call(capfd, *arguments)
+    assert code == 1
+    assert "the original does not run" in err
+    assert "--inputs" in err
+    (tmp_path / "in.json").write_text('{"x": [-1000, -996]}')
+    assert call(capfd, *arguments, "--inputs", tmp_path / "in.json")[0] == 0

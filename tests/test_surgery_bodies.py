@@ -110,6 +110,21 @@ def test_a_captured_constant_is_known_inside():
     assert removed(cases) == 6 * 4 + 6 + 6 * 5 + 6 * 5 + 2 * 5
 
 
+def test_a_sum_added_to_what_a_branch_returns():
+    """Constants are folded behind a product that a branch returns, whose unread channels go at the same time."""
+    then = body("t", [n("MatMul", "h b", "o")], ["o"], weights={"b": rand(8, 5)})
+    other = body("e", [n("MatMul", "h c", "o")], ["o"], weights={"c": rand(8, 5)})
+    weights = {"a": rand(4, 8, dead=(0, 6), axis=1), "d": rand(8), "w": rand(5, 3, dead=(2,))}
+    nodes = [
+        n("MatMul", "x a", "g"),
+        n("Add", "g d", "h"),
+        conditional(then, other, ["s"]),
+        n("MatMul", "s w", "y"),
+    ]
+    cases = both_ways(nodes, {"x": (2, 4)}, ["y"], weights)
+    assert removed(cases) == 6 * 4 + 6 + 2 * (6 * 4 + 4) + 4 * 3
+
+
 def test_outputs_of_both_branches():
     """What nothing reads outside goes inside; what is the same constant in both is one outside."""
     dead_then, dead_else = (0, 1, 2), (1, 2, 3)

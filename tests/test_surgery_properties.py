@@ -33,12 +33,12 @@ def test_seeded_graphs_compute_the_same(first):
 
 
 def test_a_second_compression_gains_hardly_ever():
-    """Without alignment one pass reaches the floor; a wholly dead piece may keep a channel too many."""
+    """Without alignment one pass reaches the floor; very few graphs with heads keep a channel too many."""
     cases = [grown(SeededChooser(seed), seed) for seed in range(SEEDED)]
     results = [shrunk(case.model) for case in cases]
     again = [shrunk(result) for result in results]
     gains = [a for a, b in zip(results, again, strict=True) if weight_elements(b) < weight_elements(a)]
-    assert len(gains) <= SEEDED // 50
+    assert len(gains) <= 1
 
 
 def test_many_graphs_become_smaller():

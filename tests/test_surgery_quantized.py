@@ -450,6 +450,27 @@ def test_what_sets_the_range_stays():
     assert shapes(shrunk(case.model)) == {"w0": (3, 4), "w1": (4,), "w2": (4, 4)}
 
 
+@pytest.mark.parametrize("other", [False, True])
+def test_a_zero_point_is_that_of_its_own_tensor(other):
+    """What is the zero point of one tensor is no zero where another's zero point is taken off."""
+    first = np.random.default_rng(0).standard_normal((3, 6)).astype(np.float32)
+    first[:, :2] = 0
+    net = Net(x=(2, 3))
+    net.node("MatMul", ["x", first], "m")
+    net.node("DynamicQuantizeLinear", ["m"], ["q", "s", "z"])
+    net.node("Exp", ["x"], "e")
+    net.node("DynamicQuantizeLinear", ["e"], ["q2", "s2", "z2"])
+    zero = "z2" if other else "z"
+    net.node("MatMulInteger", ["q", grid(1, 6, 4), zero], "i")
+    net.node("DequantizeLinear", ["q", "s", zero], "d")
+    net.node("Cast", ["i"], "f", to=1)
+    net.node("MatMul", ["d", grid(2, 6, 4).astype(np.float32)], "g")
+    net.node("Add", ["f", "g"], "y")
+    case = net.case("y")
+    assert failure(case) is None
+    assert shapes(shrunk(case.model))["w0"] == ((3, 6) if other else (3, 4))
+
+
 def packed(size, width, bits, *, dead=(), unread=(), given=True):
     """Return the inputs of a MatMulNBits with blocks of 16, and its attributes."""
     random = np.random.default_rng(size)

@@ -12,6 +12,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from etp_deploy.comparing import difference
 from etp_deploy.errors import ModelError, ProviderError, UsageError
+from etp_deploy.inputs import InputSpec
+from etp_deploy.trials import given_trials
 from etp_deploy.verification import verify
 
 OPSET = [helper.make_opsetid("", 17)]
@@ -262,3 +264,84 @@ def test_types_and_shapes_must_match():
     assert "no tensor" in difference(reference, None).reason
     narrow = np.ones(3, ml_dtypes.bfloat16)
     assert difference(narrow, narrow * 2).max_rel == 1.0
+
+
+def lookup(path, wrong=0.0):
+    """Save a table of 5 rows at indices less 100, which drawn indices miss; `wrong` is added to its last row."""
+    table = np.arange(15, dtype=np.float32).reshape(5, 3)
+    table[4] += wrong
+    nodes = [
+        helper.make_node("Sub", ["rows", "base"], ["near"]),
+        helper.make_node("Gather", ["table", "near"], ["found"]),
+        helper.make_node("Add", ["found", "x"], ["y"]),
+    ]
+    inputs = {"x": (TensorProto.FLOAT, ["batch", 3]), "rows": (TensorProto.INT64, ["batch"])}
+    weights = {"table": table, "base": np.array(100)}
+    return save(path, nodes, inputs, {"y": (TensorProto.FLOAT, ["batch", 3])}, weights)
+
+
+def test_given_inputs_are_what_both_run_on(tmp_path):
+    """Where drawn inputs do not run, given ones do: together, and each sample of the batch alone."""
+    model = lookup(tmp_path / "a.onnx")
+    refused = verify(model, model)
+    assert not refused.passed
+    assert refused.reason.startswith("the original does not run")
+    given = {"x": np.ones((2, 3)), "rows": [100, 101]}
+    answer = verify(model, model, inputs=given)
+    assert answer.passed
+    assert answer.seeds == ()
+    assert answer.samples == 3
+    assert answer.shapes == ({"x": (2, 3), "rows": (2,)}, {"x": (1, 3), "rows": (1,)})
+    assert verify(model, model, inputs=given, samples=1).samples == 2
+    alone = verify(model, model, inputs={"x": np.ones((1, 3)), "rows": [100]})
+    assert alone.shapes == ({"x": (1, 3), "rows": (1,)}, {"x": (2, 3), "rows": (2,)})
+
+
+def test_a_difference_shows_on_given_inputs_only_where_they_reach_it(tmp_path):
+    """The negative control: a wrong row is found by inputs that read it, and by no others."""
+    model, other = lookup(tmp_path / "a.onnx"), lookup(tmp_path / "b.onnx", wrong=1e-2)
+    given = {"x": np.ones((2, 3)), "rows": [100, 101]}
+    assert verify(model, other, inputs=given).passed
+    answer = verify(model, other, inputs={**given, "rows": [100, 104]})
+    assert not answer.passed
+    assert answer.max_abs_error == pytest.approx(1e-2, rel=1e-3)
+
+
+def test_sizes_that_hang_on_another_are_not_varied():
+    """A batch is varied along whichever axis it lies, unless there are two, or a size computed from it."""
+    kinds = {"low": 0.0, "high": 1.0, "kind": "float"}
+
+    def trials(**shapes):
+        specs = [InputSpec(name, np.dtype(np.float32), shape, **kinds) for name, shape in shapes.items()]
+        sizes = {"b": 3, "n": 4, "b*2": 6}
+        arrays = {
+            name: np.zeros([sizes.get(dim, dim) for dim in shape], np.float32)
+            for name, shape in shapes.items()
+        }
+        return [
+            {name: array.shape for name, array in trial.feeds(specs).items()}
+            for trial in given_trials(specs, arrays, samples=1)
+        ]
+
+    assert trials(x=("b", 5), state=(2, "b", 5)) == [
+        {"x": (3, 5), "state": (2, 3, 5)},
+        {"x": (1, 5), "state": (2, 1, 5)},
+    ]
+    assert trials(x=("b", 5), nodes=("n", 5)) == [{"x": (3, 5), "nodes": (4, 5)}]
+    assert trials(x=("b", 5), twice=(1, "b*2")) == [{"x": (3, 5), "twice": (1, 6)}]
+    assert trials(x=(2, 5)) == [{"x": (2, 5)}]
+
+
+def test_given_inputs_that_do_not_fit_are_refused(tmp_path):
+    """A missing array, a wrong shape, text for numbers, sizes besides: one line each."""
+    model = lookup(tmp_path / "a.onnx")
+    x, rows = np.ones((2, 3)), [100, 101]
+    for given, what in (
+        ({"x": x}, "no array was given"),
+        ({"x": x[0], "rows": rows}, r"given \(3,\), the model takes"),
+        ({"x": x, "rows": ["a", "b"]}, "invalid literal"),
+    ):
+        with pytest.raises(UsageError, match=what):
+            verify(model, model, inputs=given)
+    with pytest.raises(UsageError, match="have their sizes"):
+        verify(model, model, inputs={"x": x, "rows": rows}, dims={"batch": 4})

@@ -17,8 +17,8 @@ from etp_deploy.bench.latency import Entrant, Limits, Race, SessionSample, race
 from etp_deploy.bench.results import Cell, Comparison, Measurement, ModelFacts, RawSessions
 from etp_deploy.bench.sessions import Setting
 from etp_deploy.bench.statistics import summary
-from etp_deploy.errors import ProviderError, UsageError
-from etp_deploy.inputs import InputSpec, draw_inputs, dynamic_dims
+from etp_deploy.errors import ProviderError
+from etp_deploy.inputs import InputSpec, draw_inputs, dynamic_dims, given_inputs
 from etp_deploy.sessions import CPU, DEVICES, check_provider
 
 if TYPE_CHECKING:
@@ -183,7 +183,7 @@ def _entrants(plan: Plan, cell: Cell) -> list[Entrant]:
     drawn: list[dict[str, np.ndarray]] = []
     for specs in plan.specs:
         if plan.given is not None:
-            drawn.append(_given(specs, plan.given))
+            drawn.append(given_inputs(specs, plan.given))
             continue
         own = {*dynamic_dims(specs), *(f"{s.name}.{axis}" for s in specs for axis in range(len(s.shape)))}
         dims = {name: size for name, size in plan.shapes.items() if name in own}
@@ -193,26 +193,6 @@ def _entrants(plan: Plan, cell: Cell) -> list[Entrant]:
                 arrays[name] = array
         drawn.append(arrays)
     return [Entrant(path, arrays) for path, arrays in zip(plan.paths, drawn, strict=True)]
-
-
-def _given(specs: Sequence[InputSpec], given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Pick a model's inputs from those given, in the type that it takes.
-
-    Raises:
-        UsageError: when one is missing or of another shape.
-    """
-    found = {}
-    for spec in specs:
-        if spec.name not in given:
-            raise UsageError("no array was given for this input", where=spec.name, hint="name all inputs")
-        array = np.asarray(given[spec.name])
-        fits = len(array.shape) == len(spec.shape) and all(
-            isinstance(want, str) or want == have for want, have in zip(spec.shape, array.shape, strict=True)
-        )
-        if not fits:
-            raise UsageError(f"given {array.shape}, the model takes {spec.shape}", where=spec.name, hint="")
-        found[spec.name] = array.astype(spec.dtype, copy=False)
-    return found
 
 
 def _check_partitions(cell: Cell, probes: Sequence[Mapping[str, Any]]) -> list[Caution]:

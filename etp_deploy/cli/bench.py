@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from etp_deploy.cli.compare import read_document
-from etp_deploy.cli.options import PATH, as_json, counts, sizes
-from etp_deploy.cli.sources import check_model
+from etp_deploy.cli.options import PATH, as_json, counts, inputs, sizes
+from etp_deploy.cli.sources import check_model, read_inputs
 from etp_deploy.cli.terminal import emit, finite, quiet_stdout, shares, show
 from etp_deploy.errors import UsageError
 
@@ -31,9 +31,7 @@ if TYPE_CHECKING:
 )
 @click.option("--batch", type=counts(1), metavar="N[,N...]", help="Batch sizes, where the batch is dynamic.")
 @sizes
-@click.option(
-    "--inputs", type=PATH, metavar="FILE", help="npz, json or a folder of images; drawn by default."
-)
+@inputs("npz, json or a folder of images; drawn by default.")
 @click.option("--sessions", type=click.IntRange(min=2), help="Most sessions of each model.")
 @click.option("--max-seconds", type=click.FloatRange(min=0, min_open=True), help="Most time in each setting.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of drawn inputs.")
@@ -108,12 +106,7 @@ def _check(
 def _measure(models: tuple[Path, ...], options: dict[str, Any], tell: Any) -> BenchmarkResult:
     from etp_deploy.bench import benchmark  # noqa: PLC0415 - heavy
 
-    arrays = None
-    if options["inputs"]:
-        from etp_deploy.input_files import load_inputs  # noqa: PLC0415 - heavy
-        from etp_deploy.inputs import input_specs  # noqa: PLC0415
-
-        arrays = load_inputs(options["inputs"], input_specs(models[0]))
+    arrays = read_inputs(options["inputs"], models[0])
     limits = {key: options[key] for key in ("sessions", "max_seconds") if options[key] is not None}
     return benchmark(
         models,

@@ -6,8 +6,16 @@ from typing import TYPE_CHECKING
 
 import click
 
-from etp_deploy.cli.options import PATH, align, as_json, merge_duplicates, partial_residuals, zero_below
-from etp_deploy.cli.sources import check_model
+from etp_deploy.cli.options import (
+    PATH,
+    align,
+    as_json,
+    inputs,
+    merge_duplicates,
+    partial_residuals,
+    zero_below,
+)
+from etp_deploy.cli.sources import check_model, read_inputs
 from etp_deploy.cli.terminal import emit, quiet_stdout, show, stages
 from etp_deploy.errors import UsageError
 
@@ -22,6 +30,7 @@ if TYPE_CHECKING:
 @zero_below
 @merge_duplicates
 @partial_residuals
+@inputs("npz, json or a folder of images to verify on, a batch's samples also alone; drawn by default.")
 @click.option("--no-verify", is_flag=True, help="Write the result without comparing it with the original.")
 @click.option("--no-simplify", is_flag=True, help="Leave onnxsim out.")
 @click.option("--report", type=PATH, metavar="FILE.html", help="Write a page that opens without a network.")
@@ -34,6 +43,7 @@ def compress(
     zero_below: float,
     merge_duplicates: bool,
     partial_residuals: str,
+    inputs: Path | None,
     no_verify: bool,
     no_simplify: bool,
     report: Path | None,
@@ -51,10 +61,13 @@ def compress(
         if report.resolve() == output.resolve():
             raise UsageError("the report is the output", where=str(report), hint="choose another name")
         check_output(report, inputs=(source,))
+    if no_verify and inputs is not None:
+        raise UsageError("nothing runs on the inputs", where="--inputs", hint="leave out --no-verify")
     with quiet_stdout(as_json), stages("compress") as tell:
         tell("loading")
         from etp_deploy.pipeline import compress as run  # noqa: PLC0415 - heavy
 
+        arrays = read_inputs(inputs, source)
         result = run(
             source,
             output,
@@ -64,6 +77,7 @@ def compress(
             partial_residuals=partial_residuals,
             verify=not no_verify,
             simplify=not no_simplify,
+            inputs=arrays,
             progress=tell,
         )
     from etp_deploy.cli.tables import compression  # noqa: PLC0415 - loads rich

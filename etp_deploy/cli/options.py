@@ -117,3 +117,12 @@ def sizes(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add `--shape`."""
     text = "Size of a dynamic dimension, by its name or as INPUT.AXIS; may be repeated."
     return click.option("--shape", "shapes", type=_size, metavar="NAME=N", multiple=True, help=text)(command)
+
+
+def inputs(text: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Make what adds `--inputs`, with what the command does with them."""
+
+    def add(command: Callable[..., Any]) -> Callable[..., Any]:
+        return click.option("--inputs", type=PATH, metavar="FILE", help=text)(command)
+
+    return add

@@ -1,4 +1,4 @@
-"""What plainly is no model is refused before anything heavy is imported."""
+"""What the command line names to read: plainly no model is refused before anything heavy is imported."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from etp_deploy.errors import ModelError
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    import numpy as np
 
 # how protobuf says what follows: a number, eight bytes, a length and as many bytes, four bytes
 _NUMBER, _EIGHT, _BYTES, _FOUR = 0, 1, 2, 5
@@ -28,6 +30,20 @@ def check_model(path: Path) -> None:
         from etp_deploy.modelfile import read_model  # noqa: PLC0415 - slow
 
         read_model(path)
+
+
+def read_inputs(path: Path | None, model: Path) -> dict[str, np.ndarray] | None:
+    """Read what `--inputs` names for a model's inputs; None where it names nothing.
+
+    Raises:
+        UsageError: when the path holds no inputs, or not this model's.
+    """
+    if path is None:
+        return None
+    from etp_deploy.input_files import load_inputs  # noqa: PLC0415 - heavy
+    from etp_deploy.inputs import input_specs  # noqa: PLC0415
+
+    return load_inputs(path, input_specs(model))
 
 
 def _is_message(path: Path) -> bool:

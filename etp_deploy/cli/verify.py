@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from etp_deploy.cli.options import PATH, as_json, sizes, tolerance
-from etp_deploy.cli.sources import check_model
+from etp_deploy.cli.options import PATH, as_json, inputs, sizes, tolerance
+from etp_deploy.cli.sources import check_model, read_inputs
 from etp_deploy.cli.terminal import emit, quiet_stdout, show, stages
+from etp_deploy.errors import UsageError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 @click.option("--atol", type=tolerance, metavar="R", help="Allowed absolute error; 1e-9 by default.")
 @click.option("--ep", default="cpu", show_default=True, help="Execution provider, such as cpu or cuda.")
 @sizes
+@inputs("npz, json or a folder of images, a batch's samples also alone; drawn by default.")
 @as_json
 def verify(
     *,
@@ -41,11 +43,14 @@ def verify(
     atol: float | None,
     ep: str,
     shapes: tuple[tuple[str, int], ...],
+    inputs: Path | None,
     as_json: bool,
 ) -> int:
     """Run A.onnx and B.onnx on the same inputs, several seeds and sizes; exit 0 when they agree, 1 when not."""
     check_model(original)
     check_model(other)
+    if inputs is not None and shapes:
+        raise UsageError("given inputs have their sizes", where="--shape", hint="leave out --inputs")
     with quiet_stdout(as_json), stages("verify"):
         from etp_deploy.comparing import ATOL, RTOL  # noqa: PLC0415 - heavy
         from etp_deploy.verification import verify as run  # noqa: PLC0415
@@ -59,6 +64,7 @@ def verify(
             atol=ATOL if atol is None else atol,
             provider=ep,
             dims=dict(shapes) or None,
+            inputs=read_inputs(inputs, original),
         )
     from etp_deploy.reports import verification_line  # noqa: PLC0415 - when needed
 

@@ -1,4 +1,4 @@
-"""Bring equivalent ways of writing a layer into the one that the rules read: padding and initial states."""
+"""Bring equivalent ways of writing a layer into the one that the rules read: padding, repetition, states, copies."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
-from etp_deploy.surgery.shapes import is_parameter
+from etp_deploy.surgery.shapes import Size, is_parameter
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import numpy as np
 
 
@@ -31,6 +33,21 @@ def absorb_padding(graph: ir.Graph) -> bool:
     return absorbed
 
 
+def expand_tiles(graph: ir.Graph) -> bool:
+    """Write Tiles that repeat axes of size 1 as the Expand that they are; say if there was any."""
+    found = False
+    for node in graph:
+        if node.op_type != "Tile" or node.domain != "" or len(node.inputs) != 2:
+            continue
+        value, repeats = node.inputs[0], _parameter(node.inputs[1])
+        if repeats is None or value is None or value.shape is None or len(value.shape) != len(repeats):
+            continue
+        if all(count == 1 or size == 1 for count, size in zip(repeats, value.shape, strict=True)):
+            node.op_type = "Expand"
+            found = True
+    return found
+
+
 _STATES = {"LSTM": (5, 6), "GRU": (5,), "RNN": (5,)}
 
 
@@ -42,6 +59,34 @@ def omit_zero_states(graph: ir.Graph) -> bool:
             value = node.inputs[index] if index < len(node.inputs) else None
             if value is not None and not is_parameter(value) and _is_zero(value):
                 node.replace_input_with(index, None)
+                omitted = True
+    return omitted
+
+
+_BROADCASTING = frozenset({"Add", "Sub", "Mul", "Div"})
+
+
+def omit_expansions(graph: ir.Graph, sizes: Callable[[ir.Value | None], list[Size] | None]) -> bool:
+    """Let arithmetic broadcast what an Expand copies to the other operand's very shape; say if any was omitted.
+
+    The copies (a node's number of neighbours for each of its channels) are no channels that could be removed.
+
+    Args:
+        graph: with inferred shapes; it is changed.
+        sizes: reads a tensor that holds a shape.
+    """
+    omitted = False
+    for node in graph:
+        if node.op_type not in _BROADCASTING or node.domain != "":
+            continue
+        for place, other in ((0, node.inputs[1]), (1, node.inputs[0])):
+            copies = node.inputs[place]
+            source = None if copies is None else copies.producer()
+            if source is None or source.op_type != "Expand" or other is None or other.shape is None:
+                continue
+            named = [dim if isinstance(dim, int) else dim.value for dim in other.shape]
+            if None not in named and sizes(source.inputs[1]) == [Size.of(dim) for dim in other.shape]:
+                node.replace_input_with(place, source.inputs[0])
                 omitted = True
     return omitted
 

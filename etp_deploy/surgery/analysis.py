@@ -15,6 +15,7 @@ import numpy as np
 from etp_deploy.errors import PlanError
 from etp_deploy.surgery.carriers import keep_carriers
 from etp_deploy.surgery.rules import statement, unknown
+from etp_deploy.surgery.silence import silence
 from etp_deploy.surgery.state import Cause, ConflictError, State, coordinates
 from etp_deploy.surgery.statements.base import default_layout
 from etp_deploy.surgery.statements.body import bodies
@@ -136,6 +137,8 @@ def solve(analysis: Analysis, fill: Fill | None = None) -> None:
         repaired = [says.repair(state) for says in analysis.statements.values()]
         if any(repaired):
             continue
+        if silence(analysis):
+            continue
         # a carrier is a channel too: only what has none then is given one back
         if keep_carriers(analysis) or _keep_one(analysis) or (fill is not None and fill(analysis)):
             continue
@@ -158,13 +161,13 @@ def settle(analysis: Analysis) -> None:
 def _keep_one(analysis: Analysis) -> bool:
     """Give one position back to tensors that lost all; say whether any had.
 
-    One tensor at a time, so that what it is linked with follows (a query keeps the key's index); where very many
-    are empty, a share of them at a time.
+    One tensor at a time, so that what it is linked with follows (a query keeps the key's index), and the last first:
+    what it reads is then given nothing else. Where very many are empty, a share of them at a time.
     """
     state = analysis.state
     empty = [value for value, mask in state.keep.items() if mask.size and not mask.any()]
     left = -(-len(empty) // ROUNDS)
-    for value in empty:
+    for value in reversed(empty):
         mask = state.keep[value]
         if mask.any() or not left:
             continue

@@ -10,6 +10,7 @@ import numpy as np
 from etp_deploy.surgery.analysis import read, solve
 from etp_deploy.surgery.shapes import frame_dims, is_parameter, single_label
 from etp_deploy.surgery.state import Cause
+from etp_deploy.surgery.statements.attention import Attention
 from etp_deploy.surgery.statements.base import array_of, cut_size, taken
 from etp_deploy.surgery.statements.contraction import Contraction
 from etp_deploy.surgery.statements.moves import Reshape
@@ -196,7 +197,8 @@ def _layer(
 def final_constant(analysis: Analysis, value: ir.Value, dims: tuple[int, ...]) -> np.ndarray:
     """Return which indices along dimensions of the frame hold a known constant."""
     mask = analysis.state.mask(value)
-    constant = analysis.state.constant(value)
+    state = analysis.state
+    constant = (state.constants if state.proved is None else state.proved).get(value)
     if constant is None:
         return np.zeros(int(np.prod([mask.shape[dim] for dim in dims])), bool)
     others = tuple(other for other in range(mask.ndim) if other not in dims)
@@ -232,10 +234,12 @@ def _kind(analysis: Analysis, says: Contraction) -> str:
 
 
 def _feeds_heads(analysis: Analysis, value: ir.Value, depth: int = 6) -> bool:
-    """Return whether a Reshape downstream splits a tensor's channels into heads."""
+    """Return whether a Reshape or an attention downstream splits a tensor's channels into heads."""
     labels = sum(extent > 1 for extent in analysis.state.mask(value).shape)
     for node, _ in value.uses():
         says = analysis.statements.get(node)
+        if isinstance(says, Attention):
+            return True
         if isinstance(says, Contraction | Product) or says is None:
             continue
         for out in node.outputs:

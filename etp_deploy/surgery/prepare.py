@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,7 +22,7 @@ from onnx_shape_inference import SYM_DATA_KEY, ShapeInferenceError, infer_symbol
 import etp_deploy.surgery.fused_shapes
 import etp_deploy.surgery.quantized_shapes  # noqa: F401 - teaches shape inference
 from etp_deploy.errors import ModelError
-from etp_deploy.surgery.absorb import absorb_padding, omit_zero_states
+from etp_deploy.surgery.absorb import absorb_padding, expand_tiles, omit_expansions, omit_zero_states
 from etp_deploy.surgery.boundaries import (
     forget_body_inputs,
     forget_shapes,
@@ -38,6 +39,7 @@ from etp_deploy.surgery.boundaries import (
 from etp_deploy.surgery.equations import spell_out
 from etp_deploy.surgery.evaluate import evaluate
 from etp_deploy.surgery.fusions import take_apart
+from etp_deploy.surgery.projections import open_projections
 from etp_deploy.surgery.shapes import Size, is_parameter
 from etp_deploy.surgery.stored import unpack
 
@@ -116,7 +118,12 @@ def prepare(model: ir.Model) -> ir.Model:
         infer_shapes(model)
         changed = _fold_integers(model.graph) | _resolve_shapes(model.graph) | _fill_shapes(model.graph)
         remove_unused(model)
-    if absorb_padding(model.graph) | omit_zero_states(model.graph) | spell_out(model.graph):
+    graph = model.graph
+    if open_projections(graph, partial(constant, graph)):
+        remove_unused(model)
+        infer_shapes(model)
+    absorbed = absorb_padding(graph) | omit_zero_states(graph) | omit_expansions(graph, shape_data)
+    if absorbed | expand_tiles(graph) | spell_out(graph):
         remove_unused(model)
     return model
 
@@ -172,9 +179,14 @@ def _drop_annotations(model: ir.Model) -> None:
 
 
 def _clean(dim: int | ir.SymbolicDim) -> int | str | None:
-    """Return a dimension whose name, if it has one, is an identifier (TorchScript writes others)."""
-    if isinstance(dim, int) or dim.value is None:
-        return dim if isinstance(dim, int) else None
+    """Return a dimension whose name, if it has one, is an identifier (TorchScript writes others).
+
+    PaddlePaddle writes -1 and "?" for sizes that it does not know; two of these need not be equal.
+    """
+    if isinstance(dim, int):
+        return dim if dim >= 0 else None
+    if dim.value is None or not re.search(r"[^\W\d]", dim.value):
+        return None
     return dim.value if dim.value.isidentifier() else re.sub(r"\W", "_", f"dim_{dim.value}")
 
 

@@ -12,6 +12,7 @@ from etp_deploy.errors import PlanError
 from etp_deploy.surgery.boundaries import name_apart, release_bodies, remove_unused
 from etp_deploy.surgery.fusions import put_together
 from etp_deploy.surgery.prepare import constant
+from etp_deploy.surgery.projections import close_projections
 from etp_deploy.surgery.statements.base import (
     AddVector,
     Affine,
@@ -38,21 +39,25 @@ if TYPE_CHECKING:
 
 
 class Rewriter:
-    """Applies edits to a graph and the bodies in it; equal cuts of one initializer stay one initializer.
+    """Applies edits to a graph and the bodies in it; cuts that come out equal are one initializer.
 
-    All initializers are the main graph's: bodies read them from there.
+    Also those of several initializers: exporters write a weight that a model uses twice as two equal ones. All
+    initializers are the main graph's: bodies read them from there.
     """
 
     def __init__(self, graph: ir.Graph) -> None:
         self.graph = graph
-        self._cut: dict[tuple[str, bytes], ir.Value] = {}
+        self._takes: dict[tuple[ir.Value, bytes], ir.Value] = {}
+        self._cut: dict[bytes, ir.Value] = {}
         self.wanted: dict[ir.Value, str] = {}
+        # of a tensor that something was put behind: what readers see instead
+        self._behind: dict[ir.Value, ir.Value] = {}
 
     def apply(self, edits: Sequence[tuple[ir.Node, tuple[Edit, ...]]]) -> None:
         """Apply all edits; vectors to add come last, since they may join an initializer that was cut."""
         for node, changes in edits:
             for change in changes:
-                if not isinstance(change, AddVector | Affine | Bypass):
+                if not isinstance(change, AddVector | Affine | FreeShape | Bypass):
                     self._apply(node, change)
         for node, changes in edits:
             for change in changes:
@@ -63,6 +68,7 @@ class Rewriter:
         for node, changes in edits:
             if Bypass() in changes:
                 self._leave_out(node)
+        self._free_shapes(edits)
 
     def _leave_out(self, node: ir.Node) -> None:
         source, out = node.inputs[0], node.outputs[0]
@@ -70,8 +76,17 @@ class Rewriter:
             out.replace_all_uses_with(source)
             graph_of(node).remove(node, safe=True)
 
+    def _free_shapes(self, edits: Sequence[tuple[ir.Node, tuple[Edit, ...]]]) -> None:
+        """Forget what bodies declare and is no longer so; last, since what is added asks for ranks."""
+        freed = (change for _, changes in edits for change in changes if isinstance(change, FreeShape))
+        for change in freed:
+            value: ir.Value | None = change.value
+            while value is not None:
+                value.shape = None
+                value = self._behind.get(value)
+
     def _apply(self, node: ir.Node, edit: Edit) -> None:
-        if isinstance(edit, SetAttribute | SetShape | SetSlice | FreeShape):
+        if isinstance(edit, SetAttribute | SetShape | SetSlice):
             self._change_node(node, edit)
         elif not self._take_stored(node, edit):
             self._change_input(node, edit)
@@ -90,7 +105,7 @@ class Rewriter:
             case _:
                 raise PlanError(f"an edit of an unknown kind: {type(edit).__name__}")
 
-    def _change_node(self, node: ir.Node, edit: SetAttribute | SetShape | SetSlice | FreeShape) -> None:
+    def _change_node(self, node: ir.Node, edit: SetAttribute | SetShape | SetSlice) -> None:
         match edit:
             case SetAttribute(name, None):
                 node.attributes.pop(name, None)
@@ -100,8 +115,6 @@ class Rewriter:
                 self._set_shape(node, index, sizes)
             case SetSlice():
                 self._set_slice(node, edit)
-            case FreeShape(value):
-                value.shape = None
 
     def _take_entries(self, node: ir.Node, edit: TakeEntries) -> None:
         array = self._array(node, edit.index)
@@ -128,7 +141,7 @@ class Rewriter:
             cut = cut.plus(edit.added, edit.slack)
         if cut is None:
             return False
-        fresh = self._shared(value.name or "", cut.values())
+        fresh = self.shared(value.name or "", cut.values(), stored=value.name or "stored")
         set_stored(fresh, cut)
         node.replace_input_with(index, fresh)
         return True
@@ -143,7 +156,7 @@ class Rewriter:
         name = old.name if old is not None and old.name else f"{node.outputs[0].name}_{index}"
         if index >= len(node.inputs):
             node.resize_inputs(index + 1)
-        node.replace_input_with(index, self._shared(name, array))
+        node.replace_input_with(index, self.shared(name, array))
 
     def _named(self, tensor: np.ndarray | ir.TensorProtocol, name: str) -> ir.Value:
         """Add an initializer that takes over a name as soon as that is free."""
@@ -151,25 +164,28 @@ class Rewriter:
         self.wanted[value] = name
         return value
 
-    def _shared(self, name: str, array: np.ndarray) -> ir.Value:
-        """Return an initializer with this name and content, one for all nodes whose cuts come out equal."""
+    def shared(self, name: str, array: np.ndarray, *, stored: str = "") -> ir.Value:
+        """Return an initializer with this content, one for all nodes whose cuts come out equal.
+
+        Args:
+            name: what it should be called.
+            array: the content.
+            stored: of a weight that is stored in another form, what tells it from those that are not.
+        """
         content = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-        digest = hashlib.sha256(f"{array.dtype} {array.shape}".encode() + content.data).digest()
-        if (name, digest) not in self._cut:
-            self._cut[name, digest] = self._named(array, name)
-        return self._cut[name, digest]
+        digest = hashlib.sha256(f"{array.dtype} {array.shape} {stored}".encode() + content.data).digest()
+        if digest not in self._cut:
+            self._cut[digest] = self._named(array, name)
+        return self._cut[digest]
 
     def _slice_input(self, node: ir.Node, index: int, takes: tuple[tuple[int, np.ndarray], ...]) -> None:
         old = node.inputs[index]
         assert old is not None
-        key = (
-            old.name or "",
-            b"".join(bytes([axis]) + np.ascontiguousarray(line).tobytes() for axis, line in takes),
-        )
-        if key not in self._cut:
+        lines = b"".join(bytes([axis]) + np.ascontiguousarray(line).tobytes() for axis, line in takes)
+        if (old, lines) not in self._takes:
             name = old.name or f"{node.outputs[0].name}_{index}"
-            self._cut[key] = self._taken(old, takes, name)
-        node.replace_input_with(index, self._cut[key])
+            self._takes[old, lines] = self._taken(old, takes, name)
+        node.replace_input_with(index, self._takes[old, lines])
 
     def _taken(self, old: ir.Value, takes: tuple[tuple[int, np.ndarray], ...], name: str) -> ir.Value:
         """Add an initializer that is cut when it is written, so that no two cuts are in memory at once."""
@@ -181,11 +197,16 @@ class Rewriter:
 
         def cut() -> np.ndarray:
             array = unshared(source).numpy()
-            for axis, line in sorted(takes, key=lambda take: take[1].size / array.shape[take[0]]):
+            for axis, line in sorted(takes, key=lambda take: take[1].size / max(array.shape[take[0]], 1)):
                 array = np.take(array, line, axis=axis)
             return array
 
-        return self._named(deferred(cut, source.dtype, ir.Shape(shape), name), name)
+        tensor = deferred(cut, source.dtype, ir.Shape(shape), name)
+        return (
+            self._named(tensor, name)
+            if isinstance(tensor, ir.LazyTensor)
+            else self.shared(name, tensor.numpy())
+        )
 
     def _set_shape(self, node: ir.Node, index: int, sizes: tuple[tuple[Size, bool], ...]) -> None:
         target = node.inputs[index]
@@ -247,7 +268,7 @@ class Rewriter:
                 return
         shape = [1] * (rank - edit.axis)
         shape[0] = -1
-        vector = constant(self.graph, edit.vector.reshape(shape), f"{out.name}_constant")
+        vector = self.shared(f"{out.name}_constant", edit.vector.reshape(shape))
         self._insert_after(out, "Add", vector, "constant")
 
     def _affine(self, node: ir.Node, edit: Affine) -> None:
@@ -283,6 +304,7 @@ class Rewriter:
         added = ir.node(operator, [out, operand])
         fresh = added.outputs[0]
         fresh.type, fresh.shape = out.type, out.shape
+        self._behind[out] = fresh
         graph = graph_of(producer)
         places = [place for place, value in enumerate(graph.outputs) if value is out]
         if places:
@@ -336,6 +358,7 @@ def rewrite(model: ir.Model, edits: Sequence[tuple[ir.Node, tuple[Edit, ...]]]) 
     """Apply edits to a prepared model, in place, and drop what nothing uses any more."""
     rewriter = Rewriter(model.graph)
     rewriter.apply(edits)
+    close_projections(model.graph, rewriter.shared)
     put_together(model.graph)
     for value in (value for node in model.graph.all_nodes() for value in node.outputs):
         if not value.is_graph_output():

@@ -62,6 +62,8 @@ class State:
 
     structures: dict[ir.Value, Structure | None] = field(default_factory=dict)
     constants: dict[ir.Value, Constant] = field(default_factory=dict)
+    proved: dict[ir.Value, Constant] | None = None
+    """What was known before weights that do not matter were taken for zeros (`silence.py`)."""
     stochastic: dict[ir.Value, int] = field(default_factory=dict)
     """Tensors whose entries along an axis sum to one, with that axis."""
     centred: dict[ir.Value, np.ndarray] = field(default_factory=dict)
@@ -143,11 +145,16 @@ class State:
             mask = self.mask(value)
             if structure is None:
                 continue
-            # Along pinned axes all stays, for whatever of the tensor's other axes stays.
-            dims = tuple(dim for axis in axes for dim in frame_dims(structure, axis))
-            others = any(dim not in dims and extent > 1 for dim, extent in enumerate(mask.shape))
-            for cause in axes.values():
-                rows = mask.any(axis=dims, keepdims=True) if others else np.ones((1,) * mask.ndim, bool)
+            pinned = {dim for axis in axes for dim in frame_dims(structure, axis)}
+            others = tuple(dim for dim in range(mask.ndim) if dim not in pinned and mask.shape[dim] > 1)
+            for axis, cause in axes.items():
+                # Along pinned axes all stays, for whatever of the tensor's other axes stays.
+                dims = tuple(frame_dims(structure, axis))
+                rows = (
+                    mask.any(axis=dims, keepdims=True)
+                    if others
+                    else np.ones_like(mask, shape=(1,) * mask.ndim)
+                )
                 self.grow(value, np.broadcast_to(rows, mask.shape), cause)
 
     def grow(self, value: ir.Value | None, mask: np.ndarray, cause: Cause) -> bool:

@@ -258,16 +258,23 @@ def _form(node: ir.Node) -> Stored | None:
 def _quantized(node: ir.Node, step: Step) -> Stored | None:
     tensors = tuple(_array(value) for value in (*node.inputs, None)[:3])
     names = tuple("" if value is None else value.name or "" for value in (*node.inputs, None)[:3])
-    entries, scale = tensors[:2]
+    entries, scale, zero = tensors
     wide = node.attributes.get_int("output_dtype", 0)
     if entries is None or scale is None or scale.dtype.kind not in "fV" or wide:
+        return None
+    if zero is not None and zero.size != scale.size:
         return None
     axis = node.attributes.get_int("axis", 1)
     axis = axis + entries.ndim if axis < 0 else axis
     block = node.attributes.get_int("block_size", 0)
     if not block and scale.size == 1:
         return Stored(tensors, names, (step,))
-    fits = scale.ndim == entries.ndim if block else scale.shape == entries.shape[axis : axis + 1]
+    if not 0 <= axis < entries.ndim:
+        return None
+    shape = list(entries.shape)
+    if block:
+        shape[axis] = -(-shape[axis] // block)
+    fits = scale.shape == (tuple(shape) if block else entries.shape[axis : axis + 1])
     return Stored(tensors, names, (step,), axis, block) if fits else None
 
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from etp_deploy.training.blueprint import Blueprint, Price
+from etp_deploy.training.controller import Controller, Update
+from etp_deploy.training.cost import Cost, LatencyCost, PlannedCost
+from etp_deploy.training.coupling import coupled_groups, removable_share
+from etp_deploy.training.forces import PAPER_STEEPNESS, REFERENCE_STEEPNESS, steepness_for
 from etp_deploy.training.modules import (
     Group,
     Part,
@@ -10,24 +15,42 @@ from etp_deploy.training.modules import (
     packed_heads,
     separate_heads,
 )
-from etp_deploy.training.regularizer import (
-    PAPER_STEEPNESS,
-    REFERENCE_STEEPNESS,
-    REFERENCE_THRESHOLD,
-    GroupStatistics,
-    TorqueRegularizer,
+from etp_deploy.training.recording import Recorder
+from etp_deploy.training.regularizer import REFERENCE_THRESHOLD, GroupStatistics, TorqueRegularizer
+from etp_deploy.training.regularizers import (
+    METHODS,
+    GrowingRegularizer,
+    SlimmingRegularizer,
+    make,
 )
+from etp_deploy.training.schedule import Schedule
 
 __all__ = [
+    "METHODS",
     "PAPER_STEEPNESS",
     "REFERENCE_STEEPNESS",
     "REFERENCE_THRESHOLD",
+    "Blueprint",
+    "Controller",
+    "Cost",
     "Group",
     "GroupStatistics",
+    "GrowingRegularizer",
+    "LatencyCost",
     "Part",
+    "PlannedCost",
+    "Price",
+    "Recorder",
+    "Schedule",
+    "SlimmingRegularizer",
     "TorqueRegularizer",
+    "Update",
+    "coupled_groups",
     "discover",
+    "make",
     "neurons",
     "packed_heads",
+    "removable_share",
     "separate_heads",
+    "steepness_for",
 ]

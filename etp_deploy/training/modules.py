@@ -11,12 +11,15 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from etp_deploy.errors import ModelError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+
+    from etp_deploy.training.forces import Pivot
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -41,6 +44,8 @@ class Part:
         decisive: whether a module computes a constant, or is read by nobody, once this part alone is zero:
             true of a filter, a norm's gain, the value rows and the output columns of a head; false of biases,
             and of the query and key rows, whose zeros leave a uniform attention.
+        index: in place of `split`, `position` and `section`: the module of each index along the axis, -1 for one
+            that belongs to none. Any layout can be said so: a concatenation's offsets, interleaved heads.
     """
 
     parameter: str
@@ -49,6 +54,33 @@ class Part:
     position: int = 0
     section: int | None = None
     decisive: bool = True
+    index: tuple[int, ...] | None = None
+
+    def modules(self, tensor: Tensor) -> Tensor:
+        """Return the module of each index along the axis, -1 for none, shape (S,), int64, on the CPU.
+
+        Args:
+            tensor: the parameter, or anything of its shape.
+
+        Raises:
+            ModelError: as `view`, or `index` does not have the axis's length.
+        """
+        if self.index is None:
+            split = self._split(tensor)
+            places = torch.arange(math.prod(split)).reshape(split)
+            after = math.prod(split[self.position + 1 :])
+            modules = (places // after) % split[self.position]
+            if self.section is not None:
+                outside = places // math.prod(split[1:]) != self.section
+                modules = modules.masked_fill(outside, -1)
+            return modules.reshape(-1)
+        self._check_axis(tensor)
+        if len(self.index) != tensor.shape[self.axis]:
+            raise ModelError(
+                f"axis {self.axis} of size {tensor.shape[self.axis]} has {len(self.index)} indices",
+                where=self.parameter,
+            )
+        return torch.tensor(self.index, dtype=torch.int64)
 
     def view(self, tensor: Tensor) -> tuple[Tensor, int]:
         """Return the tensor viewed so that one axis counts the modules, and that axis.
@@ -60,13 +92,27 @@ class Part:
             The view, which shares the tensor's memory, and the axis of the view that counts modules.
 
         Raises:
-            ModelError: the tensor has no such axis, `split` does not multiply to its size, or `position` or
-                `section` lies outside it.
+            ModelError: the tensor has no such axis, `split` does not multiply to its size, `position` or
+                `section` lies outside it, or the part lists its `index`.
         """
+        if self.index is not None:
+            raise ModelError("its indices are listed: it is no view", where=self.parameter)
+        split = self._split(tensor)
+        shape = tensor.shape
+        view = tensor.view(*shape[: self.axis], *split, *shape[self.axis + 1 :])
+        if self.section is None:
+            return view, self.axis + self.position
+        return view.select(self.axis, self.section), self.axis + self.position - 1
+
+    def _check_axis(self, tensor: Tensor) -> None:
         if not 0 <= self.axis < tensor.ndim:
             raise ModelError(
                 f"there is no axis {self.axis} in shape {tuple(tensor.shape)}", where=self.parameter
             )
+
+    def _split(self, tensor: Tensor) -> tuple[int, ...]:
+        """Return the checked `split`."""
+        self._check_axis(tensor)
         size = tensor.shape[self.axis]
         split = self.split or (size,)
         lowest = 0 if self.section is None else 1
@@ -75,13 +121,9 @@ class Part:
                 f"axis {self.axis} of size {size} does not read as {split} with modules at {self.position}",
                 where=self.parameter,
             )
-        shape = tensor.shape
-        view = tensor.view(*shape[: self.axis], *split, *shape[self.axis + 1 :])
-        if self.section is None:
-            return view, self.axis + self.position
-        if not 0 <= self.section < split[0]:
+        if self.section is not None and not 0 <= self.section < split[0]:
             raise ModelError(f"there is no section {self.section} in {split}", where=self.parameter)
-        return view.select(self.axis, self.section), self.axis + self.position - 1
+        return split
 
 
 @dataclass(frozen=True)
@@ -93,12 +135,20 @@ class Group:
         kind: what a module is called: "channels", "neurons", "heads", or a word of the author's own.
         parts: the parameters concerned; they all count the same number of modules.
         pivot: the module that torque is measured from, in place of the regulariser's.
+        deciding: sets of positions in `parts`; a module is dead once every part of one set is zero in it. Empty:
+            each decisive part is a set of its own, or where there is none, all parts together are one.
     """
 
     name: str
     kind: str
     parts: tuple[Part, ...]
-    pivot: int | None = None
+    pivot: Pivot | None = None
+    deciding: tuple[tuple[int, ...], ...] = ()
+
+    def deciding_sets(self) -> tuple[tuple[int, ...], ...]:
+        """Return the sets of parts whose zeros make a module dead."""
+        single = tuple((place,) for place, part in enumerate(self.parts) if part.decisive)
+        return self.deciding or single or (tuple(range(len(self.parts))),)
 
     def count(self, model: nn.Module) -> int:
         """Return how many modules the group has.
@@ -107,13 +157,17 @@ class Group:
             ModelError: the group has no parts, a part does not exist or does not fit its parameter, or parts
                 disagree about the number of modules.
         """
-        counts = set()
+        counts: set[int] = set()
+        least = 0
         for part in self.parts:
-            view, axis = part.view(parameter(model, part.parameter))
-            counts.add(view.shape[axis])
-        if len(counts) != 1:
-            raise ModelError(f"its parts count {sorted(counts)} modules", where=self.name)
-        return counts.pop()
+            modules = part.modules(parameter(model, part.parameter))
+            found = int(modules.max()) + 1 if len(modules) else 0
+            if part.index is None:
+                counts.add(found)
+            least = max(least, found)
+        if len(counts | {least}) != 1 and (counts or not self.parts):
+            raise ModelError(f"its parts count {sorted(counts | {least})} modules", where=self.name)
+        return least
 
 
 def parameter(model: nn.Module, name: str) -> nn.Parameter:

@@ -8,25 +8,30 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from etp_deploy.errors import UsageError
-from etp_deploy.training.modules import Group, discover, parameter
+from etp_deploy.training.forces import (
+    PAPER_STEEPNESS,
+    REFERENCE_STEEPNESS,
+    Force,
+    Pivot,
+    distances,
+    force_of,
+    steepness_for,
+)
+from etp_deploy.training.layout import Layout, wide
+from etp_deploy.training.modules import Group, discover
+from etp_deploy.training.pulls import Norm, Pull
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
-Force = Literal["exponential", "linear"]
-Norm = Literal["l2_squared", "mean_l1", "l2"]
 Clip = Literal["weight", "module"]
 
-#: lambda = exp(5 / n), the paper's steepness.
-PAPER_STEEPNESS = 5.0
-#: lambda = 1.01 ** (500 / n), the reference code's.
-REFERENCE_STEEPNESS = 500 * math.log(1.01)
 #: The reference code's clipping threshold, in units of a weight.
 REFERENCE_THRESHOLD = 5e-4
 
@@ -70,16 +75,19 @@ class TorqueRegularizer:
 
     Args:
         model: the network.
-        beta: strength of the penalty.
-        force: "exponential" (the paper's) or "linear" (Gupta et al.; the module at the pivot feels none).
+        beta: strength of the penalty; an attribute that may be changed at any time.
+        force: "exponential" (the paper's), "linear" (Gupta et al.; the module at the pivot feels none) or
+            "uniform" (1 everywhere: with the norm "l2" group lasso).
         norm: size of a module: "l2_squared", the sum of squares (the paper's); "mean_l1", the mean of
-            absolute values (the reference code's); "l2", the root of the sum of squares, whose pull does not
-            fade as the module shrinks.
-        pivot: index of the module that torque is measured from, negative from the end, for every group that
-            names none itself; "middle" for the middle one.
+            absolute values (the reference code's); "l1", their sum; "l2", the root of the sum of squares times
+            the root of the number of weights, whose pull does not fade as the module shrinks.
+        pivot: what torque is measured from, for every group that says nothing itself: an index, negative from
+            the end; "middle"; by the norms when the regulariser is made, "largest" (the place of the largest)
+            or "ordered" (distance is the rank by norm).
         threshold: magnitude below which `clip` zeroes.
         steepness: s in `lambda = exp(s / n)`; None for the paper's 5, or for the reference code's
             500 * ln(1.01) = 4.975 where the norm is "mean_l1".
+        keep: the wanted share of modules, in place of the steepness: `s = 2.5 / keep`.
         clip_by: what `clip` zeroes: "weight", each single weight below the threshold (the paper's and the
             reference code's), or "module", a whole module in which some decisive part has a root mean square
             below.
@@ -100,9 +108,10 @@ class TorqueRegularizer:
         beta: float = 1e-4,
         force: Force = "exponential",
         norm: Norm = "l2_squared",
-        pivot: int | Literal["middle"] = 0,
+        pivot: Pivot = 0,
         threshold: float = REFERENCE_THRESHOLD,
         steepness: float | None = None,
+        keep: float | None = None,
         clip_by: Clip = "weight",
         groups: Sequence[Group] | None = None,
         exclude: Sequence[str] = (),
@@ -115,6 +124,8 @@ class TorqueRegularizer:
         for option, value in (("beta", beta), ("threshold", threshold)):
             if not (math.isfinite(value) and value >= 0):
                 raise UsageError(f"{value} is neither zero nor positive", where=option)
+        if steepness is not None and keep is not None:
+            raise UsageError("either the steepness or the keep ratio makes the force", where="keep")
         if groups is None:
             groups = discover(model, exclude=exclude, include_bias=include_bias, include_norm=include_norm)
         elif exclude or include_bias or include_norm:
@@ -129,13 +140,29 @@ class TorqueRegularizer:
         self.groups = tuple(groups)
         self._norm: Norm = norm
         self._clip_by: Clip = clip_by
-        if steepness is None:
+        self._layout = Layout(model, groups)
+        self._pulled = self._pulled_layout()
+        if keep is not None:
+            steepness = steepness_for(keep)
+        elif steepness is None:
             steepness = REFERENCE_STEEPNESS if norm == "mean_l1" else PAPER_STEEPNESS
-        self._forces = tuple(
-            _forces(group, group.count(model), force=force, pivot=pivot, steepness=steepness)
-            for group in groups
-        )
-        self._frozen: tuple[Tensor, ...] | None = None
+        self._start = self._norms()
+        self._forces = self._initial_forces(force, pivot, steepness)
+        self._frozen: Tensor | None = None
+        self._held: list[tuple[int, int, Tensor]] = []
+
+    def _pulled_layout(self) -> Layout:
+        """Return the layout of the weights that feel the force and make a module's size; all, here."""
+        return self._layout
+
+    def _initial_forces(self, force: Force, pivot: Pivot, steepness: float) -> Tensor:
+        """Return the force on every module, shape (total,), float64 for exactness."""
+        forces = []
+        for group, norms in zip(self.groups, self._layout.split(self._start), strict=True):
+            wanted = pivot if group.pivot is None else group.pivot
+            distance = distances(len(norms), wanted, norms, where=group.name)
+            forces.append(force_of(distance, force, steepness))
+        return torch.cat(forces)
 
     def forces(self, group: str) -> Tensor:
         """Return the force on each module of a group, shape (n,), without beta.
@@ -143,21 +170,48 @@ class TorqueRegularizer:
         Raises:
             UsageError: there is no such group.
         """
-        for candidate, force in zip(self.groups, self._forces, strict=True):
+        return self._layout.split(self._forces)[self._number(group)].clone()
+
+    def _number(self, group: str) -> int:
+        for number, candidate in enumerate(self.groups):
             if candidate.name == group:
-                return force.clone()
+                return number
         raise UsageError("there is no such group", where=group)
+
+    # the force
+
+    @property
+    def strength(self) -> float:
+        """What the forces are multiplied by: beta."""
+        return self.beta
+
+    def advance(self) -> None:
+        """Tell that an update interval has passed; only growing regularisation does something then."""
+
+    def _pull(self) -> Pull:
+        weight = self._pulled.weights(self.model)[0]
+        pulls = (self.strength * self._forces).to(device=weight.device, dtype=wide(weight.dtype))
+        return Pull(self._pulled, self._norm, pulls)
 
     def penalty(self) -> Tensor:
         """Return `beta` times the torque of all modules: a differentiable scalar, in float32 or better.
 
-        Source: section "Exponential torque" of the paper; add it to the loss of each step.
+        Source: section "Exponential torque" of the paper; add it to the loss of each step. Its gradient is
+        computed in closed form, in one pass over the weights.
         """
-        torques = [
-            torch.dot(self._sizes(group), self._force(index, group))
-            for index, group in enumerate(self.groups)
-        ]
-        return self.beta * torch.stack(torques).sum()
+        return self._pull().penalty(self._pulled.weights(self.model))
+
+    @torch.no_grad()
+    def add_gradients(self, scale: float = 1.0) -> None:
+        """Add the penalty's gradient to the parameters' own, in place of `penalty` in the loss.
+
+        Call it after `backward` and before the optimiser's step; parameters without a gradient are left alone.
+        It saves the value of the penalty, which nobody may want to know, and the memory of its gradient.
+
+        Args:
+            scale: what the loss was multiplied by, such as a gradient scaler's factor.
+        """
+        self._pull().add_gradients(self._pulled.weights(self.model), scale)
 
     @torch.no_grad()
     def shrink(self, rate: float) -> None:
@@ -166,27 +220,17 @@ class TorqueRegularizer:
         An optimiser that divides by a running gradient norm (Adam) turns the penalty's gradient into steps of
         about its learning rate however small the gradient is; weights then circle around zero at that
         distance and never settle. The proximal step leaves the optimiser out. It scales a module by `1 / (1 +
-        2 t f_i)` (l2_squared) or `max(0, 1 - t f_i / norm)` (l2), or moves each of its m weights by `t f_i /
-        m` towards zero and no farther (mean_l1), with `t = rate * beta`. The last two reach exact zeros.
+        2 t f_i)` (l2_squared) or `max(0, 1 - t f_i sqrt(m) / ||w_i||)` (l2), or moves each of its m weights by
+        `t f_i / m` (mean_l1) or `t f_i` (l1) towards zero and no farther, with `t = rate * beta`. All but the
+        first reach exact zeros. A weight that belongs to two modules feels both: the forces add up, the factors
+        of "l2" multiply.
 
         Args:
             rate: the optimiser's learning rate at this step; call it after the optimiser's step.
         """
-        for index, group in enumerate(self.groups):
-            pull = rate * self.beta * self._force(index, group)
-            if self._norm == "mean_l1":
-                pull = pull / self._elements(group)
-                for view, axis in self._views(group):
-                    step = _along(pull, view, axis).to(view.dtype)
-                    view.copy_(view.sign() * (view.abs() - step).clamp_(min=0))
-                continue
-            if self._norm == "l2_squared":
-                factor = 1 / (1 + 2 * pull)
-            else:
-                pull = pull * math.sqrt(self._elements(group))
-                factor = (1 - pull / self._squares(group).sqrt().clamp(min=1e-30)).clamp(min=0)
-            for view, axis in self._views(group):
-                view.mul_(_along(factor, view, axis).to(view.dtype))
+        self._pull().shrink(self._pulled.weights(self.model), rate)
+
+    # the dead
 
     @torch.no_grad()
     def clip(self) -> int:
@@ -197,13 +241,20 @@ class TorqueRegularizer:
         Returns:
             Number of dead modules over all groups, those that were dead before included.
         """
-        for group in self.groups:
-            if self._clip_by == "module":
-                self._zero(group, self._below(group, self.threshold))
-                continue
-            for view, _ in self._views(group):
-                view.masked_fill_(view.abs() < self.threshold, 0.0)
-        return sum(int(self._dead(group).sum()) for group in self.groups)
+        layout, weights = self._layout, self._layout.weights(self.model)
+        if self._clip_by == "module":
+            below = layout.reduce(weights, "squares") / layout.slot_elements.clamp(min=1).to(
+                weights[0].device
+            )
+            small = (below.sqrt() < self.threshold) | (layout.reduce(weights, "largest") == 0)
+            self._zero(self._decided(small))
+        else:
+            everywhere = torch.ones(layout.total, dtype=torch.bool, device=weights[0].device)
+            for weight, lines in zip(weights, layout.spread(everywhere, weights), strict=True):
+                small = weight.abs() < self.threshold
+                for covered in lines:
+                    weight.masked_fill_(small & covered, 0.0)
+        return int(self._dead().sum())
 
     @torch.no_grad()
     def freeze(self) -> int:
@@ -212,9 +263,21 @@ class TorqueRegularizer:
         Returns:
             Number of dead modules over all groups.
         """
-        self._frozen = tuple(self._dead(group) for group in self.groups)
+        self._set_frozen(self._dead())
         self.hold()
-        return sum(int(dead.sum()) for dead in self._frozen)
+        assert self._frozen is not None
+        return int(self._frozen.sum())
+
+    def _set_frozen(self, dead: Tensor) -> None:
+        """Remember modules, and the places of their weights, so that holding them touches nothing else."""
+        self._frozen = dead
+        maps = self._layout.maps(dead.device)
+        gone = torch.cat([dead, dead.new_zeros(1)])
+        self._held = []
+        for line, modules in zip(self._layout.lines, maps.lines, strict=True):
+            places = torch.nonzero(gone[modules]).reshape(-1)
+            if len(places):
+                self._held.append((line.parameter, line.axis, places))
 
     @torch.no_grad()
     def hold(self) -> None:
@@ -227,115 +290,142 @@ class TorqueRegularizer:
         """
         if self._frozen is None:
             raise UsageError("nothing is frozen", hint="call freeze() before hold()")
-        for group, dead in zip(self.groups, self._frozen, strict=True):
-            self._zero(group, dead)
+        weights = self._layout.weights(self.model)
+        for number, axis, places in self._held:
+            weights[number].index_fill_(axis, places.to(weights[number].device), 0.0)
+
+    @torch.no_grad()
+    def kill(self, group: str, indices: Iterable[int]) -> None:
+        """Zero modules of a group as a whole, all of their parts.
+
+        Args:
+            group: the group's name.
+            indices: which of its modules.
+
+        Raises:
+            UsageError: there is no such group or module.
+        """
+        chosen = [int(index) for index in indices]
+        number = self._number(group)
+        count = self._layout.counts[number]
+        if any(not 0 <= index < count for index in chosen):
+            raise UsageError(f"there are {count} modules", where=group)
+        device = self._layout.weights(self.model)[0].device
+        row = torch.zeros(self._layout.total, dtype=torch.bool, device=device)
+        row[torch.tensor(chosen, dtype=torch.int64, device=device) + sum(self._layout.counts[:number])] = True
+        self._zero(row)
+
+    def marks(self, modules: Tensor) -> dict[str, Tensor]:
+        """Return which weights belong to some modules, by parameter.
+
+        Args:
+            modules: for each module of all groups in a row, whether it counts.
+        """
+        weights = self._layout.weights(self.model)
+        row = modules.to(weights[0].device)
+        result = {}
+        for name, weight, lines in zip(
+            self._layout.names, weights, self._layout.spread(row, weights), strict=True
+        ):
+            marked = torch.zeros(weight.shape, dtype=torch.bool, device=weight.device)
+            for line in lines:
+                marked |= line
+            result[name] = marked
+        return result
 
     @torch.no_grad()
     def dead(self) -> dict[str, Tensor]:
         """Return for each group which modules are dead, shape (n,): a decisive part is exactly zero."""
-        return {group.name: self._dead(group) for group in self.groups}
+        return self._by_group(self._dead())
+
+    def _by_group(self, row: Tensor) -> dict[str, Tensor]:
+        parts = self._layout.split(row)
+        return {group.name: part for group, part in zip(self.groups, parts, strict=True)}
+
+    def _dead(self) -> Tensor:
+        weights = self._layout.weights(self.model)
+        return self._decided(self._layout.reduce(weights, "largest") == 0)
+
+    def _decided(self, zero: Tensor) -> Tensor:
+        """Return which modules are dead, shape (total,), given which slots are."""
+        present = self._layout.slot_elements.to(zero.device) > 0
+        dead = []
+        for group, blocks in zip(self.groups, self._layout.blocks, strict=True):
+            found = []
+            for chosen in group.deciding_sets():
+                zeros = torch.stack([zero[blocks[place]] for place in chosen]).all(0)
+                found.append(zeros & torch.stack([present[blocks[place]] for place in chosen]).any(0))
+            dead.append(torch.stack(found).any(0))
+        return torch.cat(dead)
+
+    def _zero(self, modules: Tensor) -> None:
+        weights = self._layout.weights(self.model)
+        for weight, lines in zip(weights, self._layout.spread(modules, weights), strict=True):
+            for line in lines:
+                weight.masked_fill_(line, 0.0)
+
+    # what to look at
+
+    @torch.no_grad()
+    def scores(self) -> dict[str, Tensor]:
+        """Return the importance of each group's modules: the L2 norm over all parts that feel the force."""
+        return self._by_group(self._norms())
+
+    def _norms(self) -> Tensor:
+        layout = self._pulled
+        return layout.by_module(layout.reduce(layout.weights(self.model), "squares")).sqrt()
+
+    @torch.no_grad()
+    def relative_scores(self) -> dict[str, Tensor]:
+        """Return the scores in units of their group's mean at the start, so that groups can be compared."""
+        starts = self._by_group(self._start)
+        scores = self.scores().items()
+        return {name: row / starts[name].to(row).mean().clamp(min=1e-30) for name, row in scores}
 
     @torch.no_grad()
     def statistics(self) -> tuple[GroupStatistics, ...]:
         """Return counts and norms of each group, in the groups' order."""
-        return tuple(self._statistics(group) for group in self.groups)
-
-    def _statistics(self, group: Group) -> GroupStatistics:
-        norms = self._squares(group).sqrt()
-        dead = int(self._dead(group).sum())
-        return GroupStatistics(
-            group.name, group.kind, norms.numel(), dead, float(norms.max()), float(norms.mean())
+        layout = self._layout
+        squares = layout.by_module(layout.reduce(layout.weights(self.model), "squares"))
+        norms, dead = layout.split(squares.sqrt()), layout.split(self._dead())
+        return tuple(
+            GroupStatistics(
+                group.name, group.kind, len(own), int(gone.sum()), float(own.max()), float(own.mean())
+            )
+            for group, own, gone in zip(self.groups, norms, dead, strict=True)
         )
 
-    def _views(self, group: Group) -> Iterator[tuple[Tensor, int]]:
-        for part in group.parts:
-            yield part.view(parameter(self.model, part.parameter))
+    # checkpoints
 
-    def _force(self, index: int, group: Group) -> Tensor:
-        """Return a group's forces on the device that its parameters are on now."""
-        weight = parameter(self.model, group.parts[0].parameter)
-        return self._forces[index].to(device=weight.device, dtype=_wide(weight.dtype))
+    def state_dict(self) -> dict[str, Any]:
+        """Return what resuming needs beside the model: strength, forces, norms at the start, the frozen."""
+        return {
+            "groups": [group.name for group in self.groups],
+            "beta": self.beta,
+            "threshold": self.threshold,
+            "forces": self._forces.clone(),
+            "start": self._start.clone(),
+            "frozen": None if self._frozen is None else self._frozen.clone(),
+        }
 
-    def _elements(self, group: Group) -> int:
-        return sum(view.numel() // view.shape[axis] for view, axis in self._views(group))
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` returned of a regulariser with the same groups.
 
-    def _squares(self, group: Group) -> Tensor:
-        """Return the sum of squares of each module, shape (n,)."""
-        return torch.stack([_reduce(view, axis, square=True) for view, axis in self._views(group)]).sum(0)
-
-    def _sizes(self, group: Group) -> Tensor:
-        """Return each module's size in the chosen norm, shape (n,)."""
-        if self._norm == "mean_l1":
-            sums = [_reduce(view, axis, square=False) for view, axis in self._views(group)]
-            return torch.stack(sums).sum(0) / self._elements(group)
-        squares = self._squares(group)
-        if self._norm == "l2_squared":
-            return squares
-        # the root has no slope at zero: a module that is dead feels no force and must not make a NaN
-        alive = squares > 0
-        roots = torch.where(alive, torch.where(alive, squares, 1.0).sqrt(), 0.0)
-        return roots * math.sqrt(self._elements(group))
-
-    def _below(self, group: Group, threshold: float) -> Tensor:
-        """Return which modules have a decisive part with a root mean square below a threshold, or of zero."""
-        below = []
-        for part, (view, axis) in zip(group.parts, self._views(group), strict=True):
-            if part.decisive:
-                mean = _reduce(view, axis, square=True) / (view.numel() // view.shape[axis])
-                below.append((mean.sqrt() < threshold) | _all_zero(view, axis))
-        return torch.stack(below).any(0) if below else self._all_dead(group)
-
-    def _dead(self, group: Group) -> Tensor:
-        dead = [
-            _all_zero(view, axis)
-            for part, (view, axis) in zip(group.parts, self._views(group), strict=True)
-            if part.decisive
-        ]
-        return torch.stack(dead).any(0) if dead else self._all_dead(group)
-
-    def _all_dead(self, group: Group) -> Tensor:
-        """Return which modules are zero throughout, for a group in which no part decides alone."""
-        return torch.stack([_all_zero(view, axis) for view, axis in self._views(group)]).all(0)
-
-    def _zero(self, group: Group, modules: Tensor) -> None:
-        for view, axis in self._views(group):
-            view.masked_fill_(_along(modules, view, axis), 0.0)
-
-
-def _forces(
-    group: Group, count: int, *, force: Force, pivot: int | Literal["middle"], steepness: float
-) -> Tensor:
-    """Return the force on each of `count` modules, shape (count,), float64 for exactness."""
-    wanted = pivot if group.pivot is None else group.pivot
-    origin = count // 2 if wanted == "middle" else wanted
-    if not -count <= origin < count:
-        raise UsageError(f"there is no module {origin} among {count}", where=f"pivot of {group.name}")
-    distance = (torch.arange(count, dtype=torch.float64) - origin % count).abs()
-    return distance if force == "linear" else torch.exp(distance * (steepness / count))
+        Raises:
+            UsageError: the groups are others.
+        """
+        if list(state["groups"]) != [group.name for group in self.groups] or len(state["forces"]) != len(
+            self._forces
+        ):
+            raise UsageError("the checkpoint is of other groups", where="groups")
+        self.beta, self.threshold = float(state["beta"]), float(state["threshold"])
+        self._forces, self._start = state["forces"].clone(), state["start"].clone()
+        self._frozen, self._held = None, []
+        if state["frozen"] is not None:
+            device = self._layout.weights(self.model)[0].device
+            self._set_frozen(state["frozen"].to(device))
 
 
 def _check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise UsageError(f"{value!r} is none of {', '.join(choices)}", where=option)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _reduce(view: Tensor, axis: int, *, square: bool) -> Tensor:
-    """Return the sum of squares or of absolute values along all axes but one, shape (n,)."""
-    wide = view.to(_wide(view.dtype))
-    terms = wide.square() if square else wide.abs()
-    rest = [other for other in range(view.ndim) if other != axis]
-    return terms.sum(rest) if rest else terms
-
-
-def _all_zero(view: Tensor, axis: int) -> Tensor:
-    rest = [other for other in range(view.ndim) if other != axis]
-    return (view == 0).all(rest) if rest else view == 0
-
-
-def _along(values: Tensor, view: Tensor, axis: int) -> Tensor:
-    """Return values of shape (n,) shaped to broadcast along one axis of a view."""
-    return values.reshape([-1 if other == axis else 1 for other in range(view.ndim)])

@@ -48,7 +48,7 @@ def branch(node: ir.Node) -> Statement:
         Tie(results=(End(one), End(two)), out=End(out))
         for one, two, out in zip(then.outputs, other.outputs, node.outputs, strict=True)
     ]
-    return Ties(node, ties, "the condition of")
+    return Ties(node, ties, whole="the condition of")
 
 
 @rule(
@@ -76,7 +76,7 @@ def loop(node: ir.Node) -> Statement:
         Tie(results=(End(result),), out=End(out, 0))
         for result, out in zip(body.outputs[states + 1 :], node.outputs[states:], strict=True)
     ]
-    return Ties(node, ties, "the condition of")
+    return Ties(node, ties, whole="the condition of")
 
 
 @rule(
@@ -124,4 +124,4 @@ def scan(node: ir.Node) -> Statement:
             ties.append(Tie(End(source, axis), End(body.inputs[index])))
     for result, out, axis in zip(body.outputs[states:], node.outputs[states:], written, strict=True):
         ties.append(Tie(results=(End(result),), out=End(out, normal_axis(axis, rank(out)))))
-    return Ties(node, ties, "an input of")
+    return Ties(node, ties, whole="an input of")

@@ -63,7 +63,7 @@ UNARY = (
     *("ThresholdedRelu", "IsInf", "IsNaN", "Shrink", "BitwiseNot"),
 )
 BINARY = (
-    *("Add", "Sub", "Div", "Pow", "PRelu", "Max", "Min", "Mean", "Sum", "Mod", "BitShift"),
+    *("Add", "Sub", "Pow", "PRelu", "Max", "Min", "Mean", "Sum", "Mod", "BitShift"),
     *("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "And", "Or", "Xor"),
     *("BitwiseAnd", "BitwiseOr", "BitwiseXor"),
 )
@@ -75,13 +75,11 @@ BINARY = (
         *(
             example(computed(2, 6, 4), operator=name)
             for name in UNARY
-            if name not in {"Not", "Cast", "BitwiseNot", "Swish"}
+            if name not in {"Not", "BitwiseNot", "Swish"}
         ),
         example(computed(2, 6, 4), operator="Swish", opset=24),
         example(computed(2, 6, 4, dtype="bool"), operator="Not"),
         example(computed(2, 6, 4, dtype="int32"), operator="BitwiseNot"),
-        example(computed(2, 6, 4), operator="Cast", to=7),
-        example(computed(2, 6, 4, dtype="int64"), operator="Cast", to=1),
     ),
 )
 def unary(node: ir.Node) -> Statement:
@@ -205,6 +203,39 @@ def binary(node: ir.Node) -> Statement:
 def multiply(node: ir.Node) -> Statement:
     """y[...] = a[...] * b[...], broadcast; zero times anything finite is zero"""
     return Pointwise(node, broadcast_maps(node), absorbing=(0, 1))
+
+
+@rule(
+    "Div",
+    examples=(
+        example(computed(2, 6, 5), weight(6, 1)),
+        example(computed(2, 6, 5), computed(2, 6, 5)),
+        example(weight(6, 5), computed(2, 6, 5)),
+    ),
+)
+def divide(node: ir.Node) -> Statement:
+    """y[...] = a[...] / b[...], broadcast; zero divided by what is never zero is zero"""
+    return Pointwise(node, broadcast_maps(node), absorbing=(0,) if _positive(node.inputs[1]) else ())
+
+
+_MOVES = {"Reshape", "Expand", "Unsqueeze", "Squeeze", "Transpose", "Identity"}
+
+
+def _positive(value: ir.Value | None, depth: int = 6) -> bool:
+    """Return whether every entry of a tensor is surely above zero: a number of neighbours that is at least one."""
+    if value is None:
+        return False
+    array = array_of(value)
+    if array is not None:
+        return bool((array > 0).all())
+    node = value.producer()
+    if node is None or depth == 0:
+        return False
+    if node.op_type in _MOVES:
+        return _positive(node.inputs[0], depth - 1)
+    if node.op_type == "Max":
+        return any(_positive(item, 0) for item in node.inputs)
+    return node.op_type == "Clip" and len(node.inputs) > 1 and _positive(node.inputs[1], 0)
 
 
 @rule(

@@ -456,4 +456,11 @@ def matmul_n_bits(node: ir.Node) -> Statement:
     bits = int(attribute(node, "bits", 4))
     if bits not in {2, 4, 8} or packed.ndim != 3 or attribute(node, "weight_prepacked", 0):
         raise RefusedError("its weight is packed in another way")
-    return PackedContraction(node, bits=bits, block=int(attribute(node, "block_size", 0)))
+    block = int(attribute(node, "block_size", 0))
+    blocks = -(-int(attribute(node, "K", 0)) // max(block, 1))
+    if (
+        packed.shape[1:] != (blocks, block * bits // 8)
+        or constant_at(node, 2, "the scale is").size != len(packed) * blocks
+    ):
+        raise RefusedError("its weight is not of the size that it says")
+    return PackedContraction(node, bits=bits, block=block)

@@ -26,9 +26,12 @@ from etp_deploy.surgery.statements.pointwise import Pointwise
 from etp_deploy.surgery.statements.select import Select
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import onnx_ir as ir
 
     from etp_deploy.surgery.statements.base import Statement
+    from etp_deploy.surgery.statements.pointwise import AxisMap
 
 
 @rule(
@@ -137,6 +140,54 @@ def scatter_nd(node: ir.Node) -> Statement:
         None if axis < indices - 1 else axis - (indices - 1) + depth for axis in range(rank(node.inputs[2]))
     )
     return Pointwise(node, {0: own, 2: updates}, constants="zero", whole="indexed along")
+
+
+@rule(
+    "ScatterElements",
+    examples=(
+        example(computed(5, 6), indices(7, 6, below=5), computed(7, 6), reduction="add", axis=0),
+        example(computed(2, 5, 6), indices(2, 5, 6, below=6), computed(2, 5, 6), axis=-1),
+        example(weight(5, 6), indices(3, 6, below=5), computed(3, 6), reduction="max", axis=0),
+        example(computed(5, 6), indices(3, 4, below=5), computed(3, 4), axis=0, removable=False),
+    ),
+)
+def scatter_elements(node: ir.Node) -> Statement:
+    """y = x with y[..., indices[j, ...], ...] = or += updates[..., j, ...], entry by entry along one axis"""
+    data, places, updates = node.inputs[0], node.inputs[1], node.inputs[2]
+    axes = _alike(node, (data, places, updates))
+    return Pointwise(
+        node, dict.fromkeys(range(3), axes), constants="zero", routes=(1,), whole="indexed along"
+    )
+
+
+@rule(
+    "GatherElements",
+    examples=(
+        example(computed(5, 6), indices(7, 6, below=5), axis=0),
+        example(computed(2, 6, 5), indices(2, 6, 3, below=5), axis=-1),
+        example(computed(5, 6), indices(3, 4, below=5), axis=0, removable=False),
+    ),
+)
+def gather_elements(node: ir.Node) -> Statement:
+    """y[..., j, ...] = x[..., indices[..., j, ...], ...], entry by entry along one axis"""
+    axes = _alike(node, (node.inputs[0], node.inputs[1]))
+    return Pointwise(node, {0: axes, 1: axes}, constants="pass", routes=(1,), whole="indexed along")
+
+
+def _alike(node: ir.Node, values: Sequence[ir.Value | None]) -> AxisMap:
+    """Return the map that all operands share: every axis but the indexed one.
+
+    Raises:
+        RefusedError: where an operand is shorter than another along one of these.
+    """
+    axis = normal_axis(int(attribute(node, "axis", 0)), rank(values[0]))
+    shapes = [value.shape for value in values if value is not None and value.shape is not None]
+    if len({len(shape) for shape in shapes}) != 1 or len(shapes) != len(values):
+        raise RefusedError("shapes are not known here")
+    for own in range(len(shapes[0])):
+        if own != axis and len({shape[own] for shape in shapes}) != 1:
+            raise RefusedError("only some of the channels are indexed here")
+    return same_axes(len(shapes[0]), axis)
 
 
 @rule(

@@ -69,4 +69,4 @@ def statement(node: ir.Node) -> Statement:
 
 def unknown(node: ir.Node, reason: str) -> Statement:
     """Return the statement of a node of which nothing is assumed: its tensors stay, its bodies' interfaces too."""
-    return Ties(node, (), reason) if bodies(node) else Opaque(node, reason)
+    return Ties(node, (), whole=reason) if bodies(node) else Opaque(node, reason)

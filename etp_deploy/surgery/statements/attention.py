@@ -1,4 +1,4 @@
-"""Attention as one operator: heads, and dimensions inside heads, of queries, keys, values and output.
+"""Attention as one operator: heads, and indices inside heads, of queries, keys, values and output.
 
 `y[b, h, n, e] = sum_m softmax_m(scale * sum_d q[b, h, n, d] * k[b, g, m, d] + mask) * v[b, g, m, e]`, where the key
 and value head `g` serves `h / g` query heads.
@@ -6,13 +6,22 @@ and value head `g` serves `h / g` query heads.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from etp_deploy.surgery.shapes import axis_size, frame, has_labels, single_label
+from etp_deploy.surgery.shapes import Axis, axis_size, frame, is_parameter, labelled, plain, single_label
 from etp_deploy.surgery.state import Cause, ConflictError, nested_fill
-from etp_deploy.surgery.statements.base import Edit, SetAttribute, Statement, set_plain
+from etp_deploy.surgery.statements.base import (
+    Edit,
+    SetAttribute,
+    SliceInput,
+    Statement,
+    default_layout,
+    set_plain,
+)
+from etp_deploy.surgery.statements.heads import BIAS, KEY, OUT, QUERY, VALUE, Slots, open_heads
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -20,197 +29,301 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from etp_deploy.surgery.state import State
+    from etp_deploy.surgery.statements.heads import Heads, Tensor
 
-HEADS, SIZE = 1, 3
+_MATCHED = ((QUERY, KEY), (OUT, VALUE))
+
+
+@dataclass(frozen=True)
+class Form:
+    """What distinguishes one attention operator from another.
+
+    Attributes:
+        out_axes: the output's axes of heads and of indices inside heads, or the one axis that holds both.
+        scale: what the operator multiplies the scores by, where that follows from the size of a head.
+        counts: the attributes that hold the number of query heads and of key and value heads.
+        sums_to_one: whether every query's weights do, so that constant values come out as they are.
+        shiftable: whether a number added to all scores of a query changes nothing, so that constant keys do not.
+        one_size: whether query, key and value heads have to be of one size.
+        whole: why indices inside heads have to stay; empty if they need not.
+        cached: why keys and values have to stay; empty if they need not.
+        per_head: inputs that may hold something of each query head, and the axis, counted from the end.
+    """
+
+    out_axes: tuple[int, ...]
+    scale: float | None = None
+    counts: tuple[str, ...] = ()
+    sums_to_one: bool = True
+    shiftable: bool = True
+    one_size: bool = False
+    whole: str = ""
+    cached: str = ""
+    per_head: tuple[tuple[int, int], ...] = ()
 
 
 class Attention(Statement):
-    """The operator on tensors of (batch, heads, sequence, size).
+    """An attention whose queries, keys and values are computed.
 
     Args:
-        node: the node; its inputs 0, 1 and 2 are queries, keys and values.
-        scale: what the operator multiplies the scores by.
-        may_mask_all: whether a mask may hide every key from a query, so that constant values need not come out.
+        node: the node.
+        tensors: what holds them.
+        heads: how many there are of what.
+        form: the rest.
     """
 
-    def __init__(self, node: ir.Node, *, scale: float, may_mask_all: bool) -> None:
+    def __init__(self, node: ir.Node, tensors: tuple[Tensor, ...], heads: Heads, form: Form) -> None:
         super().__init__(node)
-        self.tensors: list[ir.Value] = [value for value in node.inputs[:3] if value is not None]
-        assert len(self.tensors) == 3
+        self.tensors = tensors
+        self.heads = heads
+        self.form = form
         self.out = node.outputs[0]
-        self.scale = scale
-        self.may_mask_all = may_mask_all
-        self.active = False
+        self.slots: dict[int, Slots] = {}
+        self.cut: list[tuple[int, int]] = []
+        self.all_heads = False
+
+    @property
+    def _values(self) -> list[ir.Value]:
+        return list(dict.fromkeys([*(slots.value for slots in self.slots.values()), self.out]))
 
     # structure
 
     def structure(self, state: State) -> None:
-        """Heads and sizes are labelled where all of the tensors' are."""
-        structures = [state.structure(value) for value in self.tensors]
-        if self.out.shape is None or any(item is None or len(item) != 4 for item in structures):
-            self._give_up(state, "shapes are not known here")
-            return
-        for axis in (0, 2):
-            for value in self.tensors:
-                state.pin(value, axis, "attention runs over this axis", self.node)
-        for other in self.node.inputs[3:]:
-            state.pin(other, None, "the mask of an attention", self.node)
-        ok = all(
-            single_label(item[axis]) or axis_size(item[axis]).static == 1
-            for item in structures
-            for axis in (HEADS, SIZE)
-            if item is not None
-        ) and not any(has_labels(item[axis]) for item in structures for axis in (0, 2) if item is not None)
-        if not ok:
-            self._give_up(state, "heads of queries, keys and values do not all lie open here")
-            return
-        query, key, values = (item for item in structures if item is not None)
-        self.heads, self.groups = (axis_size(item[HEADS]).coefficient for item in (query, key))
-        self.size, self.value_size = (axis_size(item[SIZE]).coefficient for item in (query, values))
-        self.active = True
-        state.set_structure(self.out, (query[0], query[HEADS], query[2], values[SIZE]))
+        """The output's heads and sizes are labelled; what lies open in no tensor stays as a whole."""
+        opened = [
+            open_heads(state, self.node.inputs[tensor.index], tensor.axes, self.heads, tensor.roles)
+            for tensor in self.tensors
+        ]
         for output in self.node.outputs[1:]:
             set_plain(state, output)
+        if self.out.shape is None or None in opened:
+            for value in self.node.inputs:
+                state.pin(value, None, "shapes are not known here", self.node)
+            set_plain(state, self.out)
+            return
+        for slots in opened:
+            self.slots |= dict.fromkeys(slots.roles, slots) if slots is not None else {}
+        self._open_others(state)
+        axes = list(plain(self.out.shape))
+        groups, per_group, size = self.heads.shape(OUT)
+        sizes = [groups * per_group, size] if len(self.form.out_axes) > 1 else [groups * per_group * size]
+        for axis, extent in zip(self.form.out_axes, sizes, strict=True):
+            axes[axis] = labelled(extent) if extent > 1 else plain((1,))[0]
+        state.set_structure(self.out, tuple(axes))
+        self.slots[OUT] = Slots(state, self.out, self.form.out_axes, self.heads, (OUT,))
 
-    def _give_up(self, state: State, reason: str) -> None:
-        for value in self.tensors:
-            state.pin(value, None, reason, self.node)
-        for value in self.node.outputs:
-            set_plain(state, value)
+    def _open_others(self, state: State) -> None:
+        """Find what holds something of each query head: initializers to cut, and a tensor that loses the same heads."""
+        own = {tensor.index for tensor in self.tensors}
+        from_end = dict(self.form.per_head)
+        for index, value in enumerate(self.node.inputs):
+            if value is None or index in own:
+                continue
+            structure = state.structure(value)
+            axis = len(structure or ()) - from_end.get(index, 0)
+            if structure is not None and index in from_end and axis >= 0:
+                self._open_bias(state, index, axis, structure[axis])
+            if index in from_end and structure is None:
+                self.all_heads = True
+            if BIAS not in self.slots or self.slots[BIAS].value is not value:
+                state.pin(value, None, "a mask, a cache or a table of an attention", self.node)
 
-    # masks of each tensor as (group, query head of the group or 1, size)
+    def _open_bias(self, state: State, index: int, axis: int, factors: Axis) -> None:
+        value, heads = self.node.inputs[index], self.heads.groups * self.heads.per_group
+        assert value is not None
+        if heads == 1 or axis_size(factors).static == 1:
+            return
+        if is_parameter(value):
+            self.cut.append((index, axis))
+            return
+        slots = open_heads(state, value, (axis,), self.heads, (BIAS,)) if single_label(factors) else None
+        if slots is None or BIAS in self.slots:
+            self.all_heads = True
+        else:
+            self.slots[BIAS] = slots
 
-    def _view(self, array: np.ndarray, which: int) -> np.ndarray:
-        heads = self.heads if which in {0, 3} else self.groups
-        size = self.size if which in {0, 1} else self.value_size
-        return array.reshape(self.groups, heads // self.groups, size)
+    # masks and constants of each role, as (group, head of the group, index)
 
-    def _masks(self, state: State) -> list[np.ndarray]:
-        return [self._view(state.mask(value), which) for which, value in enumerate((*self.tensors, self.out))]
+    def _mask(self, state: State, role: int) -> np.ndarray:
+        slots = self.slots[role]
+        return slots.read(state.mask(slots.value), role)
 
-    def _grow(self, state: State, which: int, mask: np.ndarray, cause: Cause) -> bool:
-        value = (*self.tensors, self.out)[which]
-        own = state.mask(value)
-        wanted = np.broadcast_to(mask, self._view(own, which).shape)
-        return state.grow(value, wanted.reshape(own.shape), cause)
+    def _grow(self, state: State, role: int, mask: np.ndarray, cause: Cause) -> bool:
+        slots = self.slots[role]
+        return state.grow(slots.value, slots.write(mask, role), cause)
 
-    def _zero(self, state: State, which: int) -> np.ndarray:
-        constant = state.constant(self.tensors[which])
+    def _known(self, state: State, role: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return where a role's entries are known constants, and their values."""
+        slots = self.slots[role]
+        constant = state.constant(slots.value)
         if constant is None:
-            return np.zeros((1, 1, 1), bool)
-        return self._view(constant.zero, which)
+            shape = slots.places[role].shape
+            return np.zeros(shape, bool), np.zeros(shape)
+        known = slots.read(constant.known, role, np.logical_and)
+        low, high = (slots.read(constant.value, role, reduce) for reduce in (np.minimum, np.maximum))
+        return np.asarray(known & (low == high)), low
+
+    def _silent(self, state: State) -> np.ndarray:
+        """Where a query's product with a key changes no weight: one is zero, or the key the same everywhere."""
+        known, query = self._known(state, QUERY)
+        silent = np.asarray(known & (query == 0))
+        if self.form.cached:
+            return silent
+        known, key = self._known(state, KEY)
+        return np.asarray(silent | (known if self.form.shiftable else known & (key == 0)))
 
     # constants
 
     def constants(self, state: State) -> None:
         """Weights sum to one, so that constant values come out as they are; zero values in any case."""
-        constant = state.constant(self.tensors[2]) if self.active else None
-        if constant is None:
+        if OUT not in self.slots or self.form.cached:
             return
-        usable = constant.zero if self.may_mask_all else constant.known
-        shape = (self.groups, self.heads // self.groups, self.value_size)
-        known = np.broadcast_to(self._view(np.asarray(usable), 2), shape)
-        value = np.broadcast_to(self._view(constant.value, 2), shape)
-        own = frame(state.structure(self.out) or ())
+        known, value = self._known(state, VALUE)
+        if not self.form.sums_to_one:
+            known = known & (value == 0)
+        own, shape = frame(state.structure(self.out) or ()), self.heads.shape(OUT)
+        known, value = np.broadcast_to(known, shape), np.broadcast_to(value, shape)
         state.set_constant(self.out, known.reshape(own), value.reshape(own))
 
     # masks
 
+    def _rows(self, state: State) -> np.ndarray:
+        """Return the query heads that stay, as (group, head of the group, 1)."""
+        rows = self._mask(state, OUT).any(axis=2, keepdims=True) | self._mask(state, QUERY).any(
+            axis=2, keepdims=True
+        )
+        if BIAS in self.slots:
+            rows = rows | self._mask(state, BIAS)
+        return np.asarray(rows | self.all_heads)
+
     def spread(self, state: State) -> None:
         """A head that stays somewhere stays everywhere; sizes stay in pairs: query and key, value and output."""
-        if not self.active:
+        if OUT not in self.slots:
             return
-        query, key, value, out = self._masks(state)
-        rows = out.any(axis=2, keepdims=True) | query.any(axis=2, keepdims=True)
         read = Cause("multiplied into what stays by", self.node, self.out)
         same = Cause("the same head or index as", self.node, self.out)
-        self._grow(state, 0, rows & ~self._zero(state, 0) & ~self._zero(state, 1), read)
-        query = self._masks(state)[0]
-        self._grow(state, 1, np.asarray(query.any(axis=1, keepdims=True)), same)
-        self._grow(state, 0, rows & key, same)
-        self._grow(state, 2, np.asarray(out.any(axis=1, keepdims=True)), same)
-        self._grow(state, 3, rows & value, same)
+        if self.form.cached:
+            for role in (KEY, VALUE):
+                self._grow(state, role, np.ones((1, 1, 1), bool), Cause(self.form.cached, self.node))
+        rows = self._rows(state)
+        self._grow(state, QUERY, rows & ~self._silent(state), read)
+        if BIAS in self.slots:
+            self._grow(state, BIAS, rows, same)
+        for one, other in _MATCHED:
+            if self.form.whole:
+                cause = Cause(self.form.whole, self.node)
+                for role in (one, other):
+                    self._grow(
+                        state, role, np.asarray(self._mask(state, role).any(axis=2, keepdims=True)), cause
+                    )
+            self._grow(state, other, np.asarray(self._mask(state, one).any(axis=1, keepdims=True)), same)
+            self._grow(state, one, rows & self._mask(state, other), same)
 
     def repair(self, state: State) -> bool:
-        """A head that stays has at least one index in every tensor; groups keep equally many query heads."""
-        if not self.active:
+        """Groups keep equally many query heads, and heads equally many indices, at least one."""
+        if OUT not in self.slots:
             return False
-        masks = self._masks(state)
-        rows = np.asarray(masks[0].any(axis=2) | masks[3].any(axis=2))
-        kept = np.asarray(rows.any(axis=1) | masks[1].any(axis=(1, 2)) | masks[2].any(axis=(1, 2)))
+        rows = self._rows(state)[:, :, 0]
+        joint = {pair: self._joint(state, pair) for pair in _MATCHED}
+        kept = np.asarray(rows.any(axis=1) | np.any([mask.any(axis=1) for mask in joint.values()], axis=0))
         rows[kept & ~rows.any(axis=1), 0] = True
         rows = nested_fill(rows)
+        counts = {pair: int(max(mask.sum(axis=1).max(initial=0), kept.any())) for pair, mask in joint.items()}
+        if self.form.one_size:
+            counts = dict.fromkeys(counts, max(counts.values()))
         cause = Cause("heads of one attention keep together at", self.node, self.out, spare=True)
         grown = False
-        for which, mask in enumerate(masks):
-            own = rows[:, :, None] if which in {0, 3} else kept[:, None, None]
-            columns = np.asarray(mask.any(axis=(0, 1), keepdims=True))
-            if not columns.any():
-                columns = np.zeros_like(columns)
-                columns[..., 0] = True
-            missing = own & ~mask.any(axis=2, keepdims=True)
-            grown |= self._grow(state, which, missing & columns, cause)
+        for pair, mask in joint.items():
+            filled = _filled(mask, counts[pair], kept)[:, None]
+            for role in pair:
+                own = kept[:, None, None] if role in {KEY, VALUE} else rows[:, :, None]
+                grown |= self._grow(state, role, own & filled, cause)
+        if BIAS in self.slots:
+            grown |= self._grow(state, BIAS, rows[:, :, None], cause)
         return grown
+
+    def _joint(self, state: State, pair: tuple[int, int]) -> np.ndarray:
+        """Return which indices a group keeps, in its query heads or its key, as (group, index)."""
+        return np.asarray(self._mask(state, pair[0]).any(axis=1) | self._mask(state, pair[1]).any(axis=1))
 
     # layout
 
     def layout(self, state: State) -> None:
         """Query heads stand group by group, in the order of the keys' and values' groups."""
-        if not self.active:
-            super().layout(state)
+        for value in self.node.outputs:
+            default_layout(state, value)
+        if OUT not in self.slots:
             return
-        heads = [self._heads(state, which) for which in range(3)]
-        ratio = self.heads // self.groups
-        kept = len(heads[0]) // max(len(heads[1]), 1)
-        aligned = np.array_equal(heads[1], heads[2]) and np.array_equal(
-            heads[0] // ratio, np.repeat(heads[1], kept)
+        orders = self._orders(state)
+        queries, columns = self._split(orders[QUERY], QUERY)
+        groups, key_columns = self._split(orders[KEY], KEY)
+        value_groups, value_columns = self._split(orders[VALUE], VALUE)
+        kept = len(queries) // max(len(groups), 1)
+        aligned = (
+            np.array_equal(groups, value_groups)
+            and np.array_equal(queries // self.heads.per_group, np.repeat(groups, kept))
+            and np.array_equal(columns, np.repeat(key_columns, kept, axis=0))
+            and (BIAS not in orders or np.array_equal(orders[BIAS][:, 0], queries))
+            and (not self.all_heads or np.array_equal(queries, np.arange(len(queries))))
         )
-        sizes = [self._sizes(state, which) for which in range(3)]
-        if not aligned or not np.array_equal(sizes[0], np.repeat(sizes[1], kept, axis=0)):
-            raise ConflictError([*self.tensors, self.out])
-        columns = np.repeat(sizes[2], kept, axis=0)
-        flat = heads[0][:, None] * self.value_size + columns
-        layout = flat.reshape(self._reduced_frame(state, flat))
-        if not np.array_equal(np.sort(layout, axis=None), np.flatnonzero(state.mask(self.out))):
-            raise ConflictError([*self.tensors, self.out])
-        state.layouts[self.out] = layout
+        if not aligned:
+            raise ConflictError(self._values)
+        flat = queries[:, None] * self.heads.value_size + np.repeat(value_columns, kept, axis=0)
+        if not np.array_equal(np.sort(flat, axis=None), np.flatnonzero(state.mask(self.out))):
+            raise ConflictError(self._values)
+        state.layouts[self.out] = flat.reshape(self._reduced_frame(state, flat))
+
+    def _orders(self, state: State) -> dict[int, np.ndarray]:
+        orders: dict[int, np.ndarray] = {}
+        try:
+            for slots in {id(slots): slots for role, slots in self.slots.items() if role != OUT}.values():
+                orders |= slots.orders(state)
+        except ConflictError as conflict:
+            raise ConflictError(self._values) from conflict
+        return orders
+
+    def _split(self, entries: np.ndarray, role: int) -> tuple[np.ndarray, np.ndarray]:
+        size = self.heads.shape(role)[2]
+        return entries[:, 0] // size, entries % size
 
     def _reduced_frame(self, state: State, flat: np.ndarray) -> list[int]:
-        """Return the output's frame with the kept heads and sizes in place of all."""
+        """Return the output's frame with what stays in place of all."""
         own = frame(state.structure(self.out) or ())
-        kept = [
-            count for count, full in zip(flat.shape, (self.heads, self.value_size), strict=True) if full > 1
-        ]
+        shape = self.heads.shape(OUT)
+        if len(self.form.out_axes) == 1:
+            kept = [flat.size]
+        else:
+            full = (shape[0] * shape[1], shape[2])
+            kept = [count for count, size in zip(flat.shape, full, strict=True) if size > 1]
         return [kept.pop(0) if extent > 1 else 1 for extent in own]
-
-    def _flat(self, state: State, which: int) -> np.ndarray:
-        """Return a tensor's layout as (heads, size) of flat positions."""
-        layout = state.layouts[self.tensors[which]]
-        own = state.mask(self.tensors[which]).shape
-        heads = self.heads if which == 0 else self.groups
-        count = int(layout.size)
-        rows = layout.shape[_head_dim(own, heads)] if heads > 1 else 1
-        return layout.reshape(rows, count // max(rows, 1))
-
-    def _heads(self, state: State, which: int) -> np.ndarray:
-        size = self.size if which < 2 else self.value_size
-        rows = self._flat(state, which) // size
-        if (rows != rows[:, :1]).any():
-            raise ConflictError([self.tensors[which], self.out])
-        return np.asarray(rows[:, 0])
-
-    def _sizes(self, state: State, which: int) -> np.ndarray:
-        size = self.size if which < 2 else self.value_size
-        return np.asarray(self._flat(state, which) % size)
 
     # edits
 
     def edits(self, state: State) -> Iterator[Edit]:
-        """The default scale follows the size of a head: keep the one that was meant."""
-        if self.active and self._flat(state, 0).shape[1] != self.size:
-            yield SetAttribute("scale", self.scale)
+        """Head counts follow the heads; the default scale follows the size of a head: keep the one that was meant."""
+        if OUT not in self.slots:
+            return
+        orders = self._orders(state)
+        queries, _ = self._split(orders[QUERY], QUERY)
+        full = (self.heads.groups * self.heads.per_group, self.heads.groups)
+        for name, role, count in zip(self.form.counts, (QUERY, KEY), full, strict=False):
+            if len(orders[role]) != count:
+                yield SetAttribute(name, len(orders[role]))
+        if self.form.scale is not None and orders[QUERY].shape[1] != self.heads.size:
+            yield SetAttribute("scale", self.form.scale)
+        if len(queries) != full[0] or (queries != np.arange(full[0])).any():
+            for index, axis in self.cut:
+                yield SliceInput(index, ((axis, queries),))
 
 
-def _head_dim(shape: tuple[int, ...], heads: int) -> int:
-    """Return the frame dimension of the heads: the first that has as many positions."""
-    return next(dim for dim, extent in enumerate(shape) if extent == heads)
+def _filled(mask: np.ndarray, count: int, kept: np.ndarray) -> np.ndarray:
+    """Return a mask of (group, index) in which groups that stay have a number of indices, others none.
+
+    Indices that other groups keep are taken first: a tensor that can only be cut alike for all heads has them anyway.
+    """
+    common = np.asarray(mask.any(axis=0))
+    filled = mask.copy()
+    for row in np.flatnonzero(kept):
+        spare = np.flatnonzero(~mask[row])
+        spare = spare[np.argsort(~common[spare], kind="stable")]
+        filled[row, spare[: max(count - int(mask[row].sum()), 0)]] = True
+    return np.asarray(filled & kept[:, None])

@@ -80,12 +80,12 @@ class Ties(Statement):
     Args:
         node: the node.
         ties: which tensors hold the same channels.
-        reason: why everything else stays.
+        whole: why everything else stays.
     """
 
-    def __init__(self, node: ir.Node, ties: Sequence[Tie], reason: str) -> None:
+    def __init__(self, node: ir.Node, ties: Sequence[Tie], *, whole: str) -> None:
         super().__init__(node)
-        self.reason = reason
+        self.whole = whole
         self.graphs = bodies(node)
         self.tied = [_Tied(node, tie) for tie in ties]
         ends = {end.value for tie in ties for end in tie.ends}
@@ -111,7 +111,7 @@ class Ties(Statement):
     def structure(self, state: State) -> None:
         """Tied axes stay tied; all others are pinned."""
         for value in self.read:
-            state.pin(value, None, self.reason, self.node)
+            state.pin(value, None, self.whole, self.node)
         for value in self.outputs:
             set_plain(state, value)
         for tied in self.tied:

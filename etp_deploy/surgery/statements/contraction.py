@@ -37,7 +37,7 @@ from etp_deploy.surgery.statements.weights import Reads, Weight, merged_places
 from etp_deploy.surgery.stored import stored
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     import onnx_ir as ir
 
@@ -101,6 +101,8 @@ class Contraction(Statement):
         self.active = False
         self._seen: np.ndarray | None = None
         self._constants: tuple[np.ndarray, np.ndarray] | None = None
+        # output channels whose weights are taken for zeros, as (group, output of the group)
+        self._silent: np.ndarray | None = None
 
     @property
     def windowed(self) -> bool:
@@ -135,7 +137,9 @@ class Contraction(Statement):
                 out[axis] = structure[source]
         self._axis: Axis = structure[self.data_axis]
         flat = self._flat()
-        self.reads = Reads(flat[..., 0] != 0 if flat.shape[3] == 1 else (flat != 0).any(axis=3))
+        self._weights = self.reads = Reads(
+            flat[..., 0] != 0 if flat.shape[3] == 1 else (flat != 0).any(axis=3)
+        )
         outputs = self.reads.shape[0] * self.reads.shape[1]
         out[self.out_axis] = labelled(outputs) if outputs > 1 else plain((1,))[0]
         self.active = True
@@ -177,6 +181,8 @@ class Contraction(Statement):
             if columns.size:
                 weights = form(flat[group][:, columns]).sum(axis=2, dtype=np.float64)
                 result[group] = weights @ value[group][columns]
+        if self._silent is not None:
+            result[self._silent] = 0
         return result * self.bias_scale
 
     def _flat(self) -> np.ndarray:
@@ -230,7 +236,8 @@ class Contraction(Statement):
             return np.ones(self.reads.shape[::2], bool)
         return self._by_group(self._along_data(mask))
 
-    def _kept_outputs(self, state: State) -> np.ndarray:
+    def kept_outputs(self, state: State) -> np.ndarray:
+        """Return which output channels stay, as (group, output of the group)."""
         return self._along_out(state.mask(self.out)).reshape(self.reads.shape[:2])
 
     def _held(self, state: State) -> tuple[np.ndarray, np.ndarray]:
@@ -253,15 +260,35 @@ class Contraction(Statement):
         known = known.reshape(shape)
         return known, np.where(known, low.reshape(shape), 0.0)
 
+    # words: bits that say in which rounds a position went, see `lines`
+
+    def words_out(self, codes: Mapping[ir.Value, np.ndarray]) -> np.ndarray | None:
+        """Return the words of the output channels, in the weight's order; None where they cannot go."""
+        words = codes.get(self.out)
+        if words is None or self._out_frame[self._out_dim] == 1:
+            return None
+        return self._along_out(words, np.bitwise_and)
+
+    def words_in(self, codes: Mapping[ir.Value, np.ndarray]) -> np.ndarray | None:
+        """Return the words of the contracted axis, space that is merged with it included; None where none can go."""
+        words = codes.get(self.data)
+        if words is None or not self._data_dims:
+            return None
+        line = self._along_data(words, np.bitwise_and)
+        sizes = [factor.size.static or 1 for factor in self._axis]
+        shape = [size if factor.labelled else 1 for size, factor in zip(sizes, self._axis, strict=True)]
+        return np.broadcast_to(line.reshape(shape), sizes).reshape(-1)
+
     # constants
 
     def constants(self, state: State) -> None:
         """An output is known if every input that it reads is; at padded borders only if these are zero."""
         if not self.active:
             return
+        self._constants = None
         known, value = self._held(state)
         usable = known & (value == 0) if self._only_zeros() else known
-        read_unknown = self.reads.outputs(~usable)
+        read_unknown = self._reading(self.reads.outputs(~usable))
         if read_unknown.all():
             return
         result = self._sums(value).reshape(-1)
@@ -289,7 +316,42 @@ class Contraction(Statement):
         """The type of the bias."""
         return self._array().dtype
 
+    def silence(self, state: State) -> bool:
+        """Take for zeros the weights of output channels that nothing reads; say whether there are any.
+
+        What such a channel holds does not matter: if it stays for another reason, it need not read anything.
+        """
+        weight = self.node.inputs[self.weight.index]
+        if (
+            not self.active
+            or self.weight.groups > 1
+            or self._batch
+            or weight is None
+            or len(weight.uses()) > 1
+            or stored(weight) is not None
+            or self._array().dtype.kind != "f"
+        ):
+            return False
+        constant = state.constant(self.out)
+        dead = ~self._along_out(state.mask(self.out))
+        if constant is not None:
+            dead &= ~self._along_out(np.broadcast_to(constant.known, self._out_frame), np.logical_and)
+        if not dead.any():
+            return False
+        self._silent = dead.reshape(self.reads.shape[:2])
+        return True
+
+    def _reading(self, outputs: np.ndarray) -> np.ndarray:
+        """Leave out, of some output channels, those whose weights are taken for zeros."""
+        return outputs if self._silent is None else outputs & ~self._silent
+
     # masks
+
+    def rewind(self, *, read: bool = True) -> None:
+        """Forget the outputs seen, the constants held, and that weights counted as zero."""
+        self._seen = self._constants = self._silent = None
+        if self.active:
+            self.reads = self._weights if read else Reads(np.zeros(self._weights.shape, bool))
 
     def spread(self, state: State) -> None:
         """A kept output keeps each input that it reads and that is not a known constant."""
@@ -298,14 +360,17 @@ class Contraction(Statement):
         self._spread_batch(state)
         if self.weight.groups > 1:
             self._spread_groups(state)
+        kept = self.kept_outputs(state)
         if not self._data_dims:
+            read = self.reads.inputs(self._reading(kept)) & ~self._held(state)[0]
+            if read.any() and not self._batch:
+                state.grow(self.data, np.ones((), bool), Cause("read as a whole by", self.node, self.out))
             return
-        kept = self._kept_outputs(state)
         if self._seen is None:
             self._seen = np.zeros_like(kept)
             self._needed = np.zeros(self.reads.shape[::2], bool)
         if (kept & ~self._seen).any():
-            self._needed |= self.reads.inputs(kept & ~self._seen)
+            self._needed |= self.reads.inputs(self._reading(kept & ~self._seen))
         self._seen = kept.copy()
         known, value = self._held(state)
         self._grow_inputs(
@@ -369,7 +434,7 @@ class Contraction(Statement):
         """A depthwise channel stays on both sides or on neither."""
         if not self._data_dims or self.reads.shape[2] != 1:
             return
-        kept = np.asarray(self._kept_outputs(state).any(axis=1, keepdims=True))
+        kept = np.asarray(self.kept_outputs(state).any(axis=1, keepdims=True))
         self._grow_inputs(state, kept, Cause("read by the same group of", self.node, self.out))
         inputs = self.kept_inputs(state)
         if self.reads.shape[1] == 1:
@@ -417,7 +482,7 @@ class Contraction(Statement):
 
     def _repair_groups(self, state: State) -> bool:
         cause = Cause("groups keep equal counts at", self.node, spare=True)
-        outputs = self._kept_outputs(state)
+        outputs = self.kept_outputs(state)
         inputs = self.kept_inputs(state) if self._data_dims else np.ones(self.reads.shape[::2], bool)
         groups = np.asarray(outputs.any(axis=1) | (inputs.any(axis=1) & bool(self._data_dims)))
         if not self._data_dims:
@@ -436,7 +501,7 @@ class Contraction(Statement):
             return np.zeros((1, 1), bool)
         known, value = self._held(state)
         usable = known & (value != 0)
-        read = self.reads.inputs(self._kept_outputs(state))
+        read = self.reads.inputs(self._reading(self.kept_outputs(state)))
         kept = self.kept_inputs(state)
         lacking = (usable & read & ~kept).any(axis=1) & ~(usable & kept).any(axis=1)
         return np.asarray(usable & lacking[:, None])
@@ -457,7 +522,7 @@ class Contraction(Statement):
         if not self.active:
             default_layout(state, self.out)
             return
-        kept = self._kept_outputs(state)
+        kept = self.kept_outputs(state)
         order = self._group_order(state)
         channels = (
             np.concatenate([np.flatnonzero(kept[group]) + group * kept.shape[1] for group in order])
@@ -539,12 +604,13 @@ class Contraction(Statement):
         """Cut the weight, fold what removed constants contributed into the bias or the carrier, fix the group."""
         if not self.active:
             return
-        outputs, inputs = self._kept_outputs(state), self.kept_inputs(state)
+        outputs, inputs = self.kept_outputs(state), self.kept_inputs(state)
         known, value = self._held(state)
         gone = known & ~inputs if self._data_dims else np.zeros_like(known)
-        if outputs.all() and inputs.all():
+        silent = np.zeros_like(outputs) if self._silent is None else outputs & self._silent
+        if outputs.all() and inputs.all() and not silent.any():
             return
-        folded = bool((self.reads.inputs(outputs) & gone & (value != 0)).any())
+        folded = bool((self.reads.inputs(self._reading(outputs)) & gone & (value != 0)).any())
         order = state.layouts[self.out]
         channels = self._out_channels(order)
         yield from self._weight_edits(state, channels, gone if folded and self.bordered else None)
@@ -558,10 +624,13 @@ class Contraction(Statement):
         weight = self.weight
         if stored(self.node.inputs[weight.index]) is not None:
             yield self._entries_edit(state, channels)
-        elif weight.groups == 1 and carried is None:
+        elif weight.groups == 1 and carried is None and self._silent is None:
             yield self._plain_cut(state, channels)
         else:
             grouped = weight.grouped(self._array())
+            if self._silent is not None:
+                grouped = grouped.copy()
+                grouped[self._silent] = 0
             if carried is not None:
                 known, value = self._held(state)
                 grouped = self._with_carrier(grouped, carried, known & self.kept_inputs(state), value)

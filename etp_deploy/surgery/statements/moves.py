@@ -15,6 +15,7 @@ from etp_deploy.surgery.shapes import (
     frame,
     frame_dims,
     has_labels,
+    is_parameter,
     labelled,
     plain,
     refine,
@@ -35,6 +36,10 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from etp_deploy.surgery.state import State
+
+
+# operators with the input that names a place for every single entry
+ROUTES = {("ScatterElements", 1), ("GatherElements", 1)}
 
 
 class Move(Statement):
@@ -218,7 +223,7 @@ class Expand(Move):
         if structure is None or shape is None or len(shape) < len(structure):
             self.give_up(state, "shapes are not known here")
             return
-        if not any(has_labels(axis) for axis in structure):
+        if not any(has_labels(axis) for axis in structure) and not self._routes():
             set_plain(state, self.out)
             return
         self.active = True
@@ -237,6 +242,16 @@ class Expand(Move):
         self._added = sum(len(axis) for axis in padded[:added])
         self._data_frame = frame(structure)
         self._out_frame = frame(tuple(axes))
+
+    def _routes(self) -> bool:
+        """Return whether the copies only say where entries go, one for each channel that is moved."""
+        uses = list(self.out.uses())
+        return (
+            bool(uses)
+            and not is_parameter(self.data)
+            and not self.out.is_graph_output()
+            and all((user.op_type, place) in ROUTES for user, place in uses)
+        )
 
     def forward(self, array: np.ndarray) -> np.ndarray:
         """Repeat along the new dimensions."""

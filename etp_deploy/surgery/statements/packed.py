@@ -38,27 +38,23 @@ class PackedContraction(Contraction):
         super().__init__(node, data=0, data_axis=axis, out_axis=axis, weight=weight, bias=self.BIAS)
         self.bits = bits
         self.block = block
-        self._values: np.ndarray | None = None
 
     def _parameter(self, index: int) -> np.ndarray | None:
         return array_of(input_of(self.node, index))
 
     def _array(self) -> np.ndarray:
         """Return the weight, (output, input)."""
-        if self._values is None:
-            packed, scales = self._parameter(self.PACKED), self._parameter(self.SCALES)
-            assert packed is not None
-            assert scales is not None
-            rows, blocks = packed.shape[:2]
-            entries = unpacked(packed.reshape(rows, -1), self.bits).reshape(rows, blocks, -1)[
-                ..., : self.block
-            ]
-            by_block = (rows, blocks, 1)
-            centred = entries.astype(np.float32) - self._points(rows, blocks).reshape(by_block)
-            values = centred * scales.astype(np.float32).reshape(by_block)
-            size = self.node.attributes.get_int("K", 0)
-            self._values = values.reshape(rows, -1)[:, :size].astype(scales.dtype)
-        return self._values
+        packed, scales = self._parameter(self.PACKED), self._parameter(self.SCALES)
+        assert packed is not None
+        assert scales is not None
+        rows, blocks = packed.shape[:2]
+        by_block = (rows, blocks, 1)
+        entries = unpacked(packed.reshape(rows, -1), self.bits).reshape(rows, blocks, self.block)
+        centred = entries.astype(np.float32) - self._points(rows, blocks).reshape(by_block)
+        values = centred * scales.astype(np.float32).reshape(by_block)
+        size = self.node.attributes.get_int("K", 0)
+        weight: np.ndarray = values.reshape(rows, -1)[:, :size].astype(scales.dtype)
+        return weight
 
     def _points(self, rows: int, blocks: int) -> np.ndarray:
         """Return the zero point of each row's blocks."""

@@ -59,6 +59,7 @@ class Pointwise(Statement):
         stochastic: the output axis along which the entries sum to one (Softmax).
         shape_input: the input that holds the output's sizes (Resize), to be rewritten with the channels.
         same_entries: whether the output's entries are the input's (Identity), so that sums stay what they are.
+        routes: inputs that say which entry goes where, not what it is: constants do not hang on them.
         fresh: output axes whose indices are channels of a constant operand (the columns of an embedding table).
     """
 
@@ -74,6 +75,7 @@ class Pointwise(Statement):
         absorbing: tuple[int, ...] = (),
         whole: str = "the operator reads this axis as a whole",
         stochastic: int | None = None,
+        routes: tuple[int, ...] = (),
         fresh: tuple[int, ...] = (),
         shape_input: int | None = None,
         same_entries: bool = False,
@@ -85,6 +87,7 @@ class Pointwise(Statement):
         self.absorbing = absorbing
         self.whole = whole
         self.stochastic = stochastic
+        self.routes = routes
         self.fresh = fresh
         self.shape_input = shape_input
         self.same_entries = same_entries
@@ -230,7 +233,9 @@ class Pointwise(Statement):
         constant_input = any(state.constant(self._value(index)) for index in self._live())
         if self.passing == "none" or not (constant_input or self.absorbing or self.fresh):
             return
-        parts = {index: self.operand(state, index, structure) for index in self.maps}
+        parts = {
+            index: self.operand(state, index, structure) for index in self.maps if index not in self.routes
+        }
         shape = frame(structure)
         known = np.ones(shape, bool)
         for part_known, _ in parts.values():
@@ -280,12 +285,16 @@ class Pointwise(Statement):
         if constant is None:
             return unknown
         linked = {own for own, _ in self.links[index]}
-        if any(extent > 1 and dim not in linked for dim, extent in enumerate(constant.known.shape)):
-            return unknown
-        return (
-            self._to_out(constant.known, index, dims, np.logical_and),
-            self._to_out(constant.value, index, dims, None),
+        whole = tuple(
+            dim for dim, extent in enumerate(constant.known.shape) if extent > 1 and dim not in linked
         )
+        if whole and self.passing == "evaluate":
+            return unknown
+        # what only moves entries hands on a channel that holds one constant along all that is read whole
+        held = np.broadcast_to(constant.value, constant.known.shape)
+        low, high = held.min(axis=whole, keepdims=True), held.max(axis=whole, keepdims=True)
+        known = constant.known.all(axis=whole, keepdims=True) & (low == high)
+        return self._to_out(known, index, dims, np.logical_and), self._to_out(low, index, dims, None)
 
     def _known_parameter(
         self, array: np.ndarray, index: int, structure: Structure
@@ -309,7 +318,7 @@ class Pointwise(Statement):
     def _evaluate(
         self, parts: Mapping[int, tuple[np.ndarray, np.ndarray]], structure: Structure
     ) -> np.ndarray | None:
-        """Run the node on the constants, zero where unknown, one entry for each unlabelled position."""
+        """Run the node on the constants, one where unknown (divided by), one entry for each unlabelled position."""
         arrays: list[np.ndarray | None] = []
         extents = [int(np.prod([factor.extent for factor in axis], dtype=np.int64)) for axis in structure]
         for index, value in enumerate(self.node.inputs):
@@ -321,7 +330,7 @@ class Pointwise(Statement):
                     return None
             else:
                 known, values = parts[index]
-                values = np.where(known, values, np.zeros((), values.dtype)).astype(values.dtype)
+                values = np.where(known, values, np.ones((), values.dtype)).astype(values.dtype)
                 arrays.append(self._as_operand(values, index, structure, extents))
         result = evaluate(self.node, arrays)
         return None if result is None or result.shape != tuple(extents) else result.reshape(frame(structure))

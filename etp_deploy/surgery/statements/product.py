@@ -24,6 +24,7 @@ from etp_deploy.surgery.shapes import (
 )
 from etp_deploy.surgery.state import Cause, ConflictError, agree, coordinates
 from etp_deploy.surgery.statements.base import Edit, Statement, array_of, default_layout, set_plain
+from etp_deploy.surgery.statements.invariance import shifts_vanish
 from etp_deploy.surgery.statements.pointwise import missing_rows
 from etp_deploy.surgery.statements.slicing import take_channels
 
@@ -59,6 +60,7 @@ class Product(Statement):
         self.transposed = (*transposed, False)
         self.scale = scale
         self.out = node.outputs[0]
+        self.shiftable = shifts_vanish(self.out)
         self.active = False
 
     # structure
@@ -244,6 +246,18 @@ class Product(Statement):
             return np.zeros((1,) * len(frame(self.common)), bool)
         return self._lift(constant.zero, which, np.logical_and)
 
+    def _silent(self, state: State) -> np.ndarray:
+        """Where a product of two entries is zero, or adds the same to a whole row that is read up to such shifts."""
+        silent = np.asarray(self._zero(state, 0) | self._zero(state, 1))
+        constant = state.constant(self.operands[1])
+        if constant is None or not self.shiftable:
+            return silent
+        row = self._dims(self._contracted + 1)
+        low = self._lift(constant.value, 1, np.minimum).min(axis=row, keepdims=True)
+        high = self._lift(constant.value, 1, np.maximum).max(axis=row, keepdims=True)
+        known = self._lift(constant.known, 1, np.logical_and).all(axis=row, keepdims=True)
+        return np.asarray(silent | (known & (low == high)))
+
     # masks
 
     def spread(self, state: State) -> None:
@@ -254,8 +268,7 @@ class Product(Statement):
         out = self._lift(state.mask(self.out), 2)
         full = frame(self.common)
         if self._dims_labelled():
-            live = ~(self._zero(state, 0) | self._zero(state, 1))
-            wanted = np.broadcast_to(out & live, full)
+            wanted = np.broadcast_to(out & ~self._silent(state), full)
             for which, value in enumerate(self.operands):
                 cause = Cause("multiplied into what stays by", self.node, self.out)
                 state.grow(value, self._lower(wanted, which), cause)

@@ -83,19 +83,16 @@ class IntegerContraction(Contraction):
         self.rigid = rigid
         self.sums = sums
         self.ranged = ranged
-        self._centred_weight: np.ndarray | None = None
 
     def _array(self) -> np.ndarray:
         """Return the weight less its zero point; such integers are exact in float32."""
-        if self._centred_weight is None:
-            weight = super()._array().astype(np.float32)
-            zero = array_of(input_of(self.node, self.zeros[1]))
-            if zero is not None:
-                shape = [1] * weight.ndim
-                shape[self.weight.out] = -1
-                weight = weight - zero.astype(np.float32).reshape(shape)
-            self._centred_weight = weight
-        return self._centred_weight
+        weight: np.ndarray = super()._array().astype(np.float32)
+        zero = array_of(input_of(self.node, self.zeros[1]))
+        if zero is None:
+            return weight
+        shape = [1] * weight.ndim
+        shape[self.weight.out] = -1
+        return weight - zero.astype(np.float32).reshape(shape)
 
     def _weighted(self, value: np.ndarray, form: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
         return super()._weighted(value, form) * self.sum_scale
@@ -105,7 +102,7 @@ class IntegerContraction(Contraction):
         zero = input_of(self.node, self.zeros[0])
         if zero is not None and not is_parameter(zero):
             shape = (self.weight.groups, self.reads.shape[2])
-            centred = state.centred.get(self.data)
+            centred = _centred(state, self.data, zero)
             if centred is None or (not self._data_dims and centred.size > 1):
                 return np.zeros(shape, bool), np.zeros(shape)
             known = self._along_data(centred, np.logical_and)
@@ -208,6 +205,11 @@ class DynamicQuantize(Pointwise):
             _keep_range(state, data, self.node)
 
 
+def _centred(state: State, data: ir.Value, zero: ir.Value) -> np.ndarray | None:
+    """Return where a tensor holds a computed zero point, if that is the one that was computed with it."""
+    return state.centred.get(data) if data.producer() is zero.producer() else None
+
+
 def _keep_range(state: State, data: ir.Value, node: ir.Node) -> None:
     """Keep all that is not zero of a tensor whose range sets its scale; zero is in every range."""
     constant = state.constant(data)
@@ -227,9 +229,10 @@ class Dequantize(Pointwise):
         if data is None or zero is None or is_parameter(zero) or structure is None:
             super().constants(state)
             return
-        if data in state.centred:
+        centred = _centred(state, data, zero)
+        if centred is not None:
             dtype = np.dtype(np.float32) if self.out.dtype is None else self.out.dtype.numpy()
-            state.set_constant(self.out, state.centred[data], np.zeros((), dtype))
+            state.set_constant(self.out, centred, np.zeros((), dtype))
 
 
 class QuantizedConcat(Select):

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from etp_deploy.surgery.shapes import axis_size, frame, frame_dims, has_labels, single_label
-from etp_deploy.surgery.state import Cause
+from etp_deploy.surgery.shapes import ONE, axis_size, frame, frame_dims, has_labels, single_label
+from etp_deploy.surgery.state import Cause, ConflictError
 from etp_deploy.surgery.statements.base import Affine, Edit
 from etp_deploy.surgery.statements.pointwise import AxisMap, Constants, Pointwise, missing_rows
 
@@ -133,7 +133,24 @@ class Reduction(Pointwise):
         if self.kind == "mean":
             kept = np.prod([layout.shape[dim] for dim in self.reduced])
             scale = float(kept / np.prod([mask.shape[dim] for dim in self.reduced]))
-        constant = state.constant(value)
+        offset = self._offset(state)
+        if scale != 1.0 or offset.any():
+            yield Affine(scale, offset.reshape(self._axes_shape(state, offset)) if offset.any() else None)
+
+    def check(self, state: State) -> None:
+        """Raise a conflict where what removed constants gave differs along an axis that has no fixed length."""
+        super().check(state)
+        value = self._value(0)
+        if not self.reduced or state.mask(value).all():
+            return
+        offset = self._offset(state)
+        if any(offset.shape[dim] > 1 for dim in self._open_dims(state)):
+            raise ConflictError([value, self.out])
+
+    def _offset(self, state: State) -> np.ndarray:
+        """Return what removed constants gave, place by place of the result; 1 long where it is the same all along."""
+        value = self._value(0)
+        mask, constant = state.mask(value), state.constant(value)
         held = (
             np.zeros(mask.shape) if constant is None else np.where(constant.known & ~mask, constant.value, 0)
         )
@@ -145,8 +162,20 @@ class Reduction(Pointwise):
         else:
             total = total * max(self._plain_count, 1)
         offset = np.broadcast_to(total, state.mask(self.out).shape).reshape(-1)[state.layouts[self.out]]
-        if scale != 1.0 or offset.any():
-            yield Affine(scale, offset.reshape(self._axes_shape(state, offset)) if offset.any() else None)
+        for dim in self._open_dims(state):
+            first = np.take(offset, [0], axis=dim)
+            offset = first if bool((offset == first).all()) else offset
+        return np.asarray(offset)
+
+    def _open_dims(self, state: State) -> tuple[int, ...]:
+        """Return the result's dimensions that lie within an axis of no fixed length (channels times batch)."""
+        structure = state.structure(self.out) or ()
+        return tuple(
+            dim
+            for axis, factors in enumerate(structure)
+            if any(not factor.labelled and factor.size != ONE for factor in factors)
+            for dim in frame_dims(structure, axis)
+        )
 
     def _axes_shape(self, state: State, offset: np.ndarray) -> list[int]:
         """Return an offset's shape with one extent for each axis of the output."""

@@ -1,0 +1,147 @@
+"""A force at work on all modules at once: its penalty, gradient and proximal step, one pass over the weights each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from etp_deploy.training.layout import Layout
+
+Norm = Literal["l2_squared", "mean_l1", "l1", "l2"]
+
+
+@dataclass(frozen=True)
+class Pull:
+    """Forces on the modules of a layout.
+
+    Attributes:
+        layout: where the modules' weights lie.
+        norm: what a module's size is.
+        pulls: strength times force of each module, shape (total,).
+    """
+
+    layout: Layout
+    norm: Norm
+    pulls: Tensor
+
+    def penalty(self, weights: Sequence[Tensor]) -> Tensor:
+        """Return the sum of pulls times sizes as a differentiable scalar."""
+        value: Tensor = _Penalty.apply(self, *weights)  # type: ignore[no-untyped-call]
+        return value
+
+    def sizes(self, weights: Sequence[Tensor]) -> Tensor:
+        """Return each module's size, shape (total,)."""
+        kind: Literal["squares", "absolutes"] = "absolutes" if self._absolute else "squares"
+        sums = self.layout.by_module(self.layout.reduce(weights, kind))
+        if self.norm == "mean_l1":
+            return sums / self._elements
+        return sums if self.norm in {"l1", "l2_squared"} else sums.sqrt() * self._elements.sqrt()
+
+    def coefficients(self, sizes: Tensor | None) -> Tensor:
+        """Return what each module's weights (or, of absolute values, their signs) are multiplied by in the gradient.
+
+        The root in "l2" has no slope at zero: a module that is dead feels nothing and must not make a NaN.
+
+        Args:
+            sizes: from `sizes`; only "l2" needs them.
+        """
+        if self.norm == "l2_squared":
+            return 2 * self.pulls
+        if self.norm == "l1":
+            return self.pulls
+        if self.norm == "mean_l1":
+            return self.pulls / self._elements
+        assert sizes is not None
+        return torch.where(sizes > 0, self.pulls * self._elements / sizes.clamp(min=1e-30), 0.0)
+
+    def add_gradients(self, weights: Sequence[Tensor], scale: float) -> None:
+        """Add the gradient, times a scale, to those weights that have one."""
+        sizes = self.sizes(weights) if self.norm == "l2" else None
+        lines = self.layout.spread(self.coefficients(sizes) * scale, weights)
+        for weight, own in zip(weights, lines, strict=True):
+            if weight.grad is None:
+                continue
+            direction, factor = self._direction(weight), _sum(own)
+            if weight.grad.dtype == factor.dtype:
+                weight.grad.addcmul_(direction, factor)
+            else:
+                weight.grad.add_((direction.to(factor.dtype) * factor).to(weight.grad.dtype))
+
+    def gradient(self, weight: Tensor, lines: Sequence[Tensor]) -> Tensor:
+        """Return the gradient of one weight, given its coefficients along its lines."""
+        factor = _sum(lines)
+        if self._absolute:
+            return weight.sign().to(factor.dtype).mul_(factor).to(weight.dtype)
+        return (weight.to(factor.dtype) * factor).to(weight.dtype)
+
+    def shrink(self, weights: Sequence[Tensor], rate: float) -> None:
+        """Take one proximal step of a length, see `TorqueRegularizer.shrink`."""
+        row = rate * self.pulls
+        if self.norm == "mean_l1":
+            row = row / self._elements
+        elif self.norm == "l2":
+            norms = self.sizes(weights) / self._elements.sqrt()
+            row = (1 - row * self._elements.sqrt() / norms.clamp(min=1e-30)).clamp(min=0)
+        elif self.norm == "l2_squared":
+            row = 2 * row
+        rest = 1.0 if self.norm == "l2" else 0.0
+        for weight, own in zip(weights, self.layout.spread(row, weights, rest=rest), strict=True):
+            if self._absolute:
+                step = _sum(own).to(weight.dtype)
+                weight.sub_(torch.clamp(weight, -step, step))
+                continue
+            factor = _product(own) if self.norm == "l2" else 1 / (1 + _sum(own))
+            weight.mul_(factor.to(weight.dtype))
+
+    @property
+    def _absolute(self) -> bool:
+        return self.norm in {"l1", "mean_l1"}
+
+    @property
+    def _elements(self) -> Tensor:
+        return self.layout.elements.to(self.pulls)
+
+    def _direction(self, weight: Tensor) -> Tensor:
+        return weight.sign() if self._absolute else weight
+
+
+class _Penalty(torch.autograd.Function):
+    """The penalty with its gradient in closed form: nothing of the size of the weights is kept in between."""
+
+    @staticmethod
+    def forward(ctx: Any, pull: Pull, *weights: Tensor) -> Tensor:
+        sizes = pull.sizes(weights)
+        ctx.pull = pull
+        ctx.sizes = sizes
+        ctx.save_for_backward(*weights)
+        return torch.dot(sizes, pull.pulls)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+        weights, pull = ctx.saved_tensors, ctx.pull
+        lines = pull.layout.spread(pull.coefficients(ctx.sizes) * slope, weights)
+        wanted = ctx.needs_input_grad[1:]
+        pairs = zip(weights, lines, wanted, strict=True)
+        return (None, *(pull.gradient(weight, own) if asked else None for weight, own, asked in pairs))
+
+
+def _sum(lines: Sequence[Tensor]) -> Tensor:
+    total = lines[0]
+    for line in lines[1:]:
+        total = total + line
+    return total
+
+
+def _product(lines: Sequence[Tensor]) -> Tensor:
+    result = lines[0]
+    for line in lines[1:]:
+        result = result * line
+    return result
