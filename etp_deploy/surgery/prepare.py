@@ -36,6 +36,7 @@ from etp_deploy.surgery.boundaries import (
     rebind,
     remove_unused,
 )
+from etp_deploy.surgery.equations import spell_out
 from etp_deploy.surgery.evaluate import evaluate
 from etp_deploy.surgery.fusions import take_apart
 from etp_deploy.surgery.projections import open_projections
@@ -122,7 +123,7 @@ def prepare(model: ir.Model) -> ir.Model:
         remove_unused(model)
         infer_shapes(model)
     absorbed = absorb_padding(graph) | omit_zero_states(graph) | omit_expansions(graph, shape_data)
-    if absorbed | expand_tiles(graph):
+    if absorbed | expand_tiles(graph) | spell_out(graph):
         remove_unused(model)
     return model
 

@@ -192,6 +192,10 @@ class Contraction(Statement):
         """
         return self.weight.flattened(self._array(), self._axis)
 
+    def columns(self, grouped: np.ndarray) -> np.ndarray:
+        """View a grouped weight by input channel: (group, output, channel, all the rest in its own axes)."""
+        return self.weight.by_label(grouped, self._axis)
+
     def _array(self) -> np.ndarray:
         array = array_of(self.node.inputs[self.weight.index])
         assert array is not None
@@ -650,7 +654,7 @@ class Contraction(Statement):
     ) -> np.ndarray:
         """Let one kept constant channel of each group carry the removed ones: w_j += sum_i w_i c_i / c_j."""
         grouped = grouped.astype(np.float64)
-        by_label = self.weight.by_label(grouped, self._axis)
+        by_label = self.columns(grouped)
         for group in range(grouped.shape[0]):
             removed = np.flatnonzero(gone[group] & (value[group] != 0))
             candidates = np.flatnonzero(present[group] & (value[group] != 0))
