@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from etp_deploy.training.blueprint import Blueprint, Price
+from etp_deploy.training.coupling import coupled_groups, removable_share
 from etp_deploy.training.forces import PAPER_STEEPNESS, REFERENCE_STEEPNESS, steepness_for
 from etp_deploy.training.modules import (
     Group,
@@ -24,16 +26,20 @@ __all__ = [
     "PAPER_STEEPNESS",
     "REFERENCE_STEEPNESS",
     "REFERENCE_THRESHOLD",
+    "Blueprint",
     "Group",
     "GroupStatistics",
     "GrowingRegularizer",
     "Part",
+    "Price",
     "SlimmingRegularizer",
     "TorqueRegularizer",
+    "coupled_groups",
     "discover",
     "make",
     "neurons",
     "packed_heads",
+    "removable_share",
     "separate_heads",
     "steepness_for",
 ]

@@ -106,6 +106,14 @@ class Statement:
     def constants(self, state: State) -> None:
         """Say which channels of the outputs are known constants."""
 
+    def rewind(self, *, read: bool = True) -> None:
+        """Forget what the masks and constants of an earlier fixpoint taught.
+
+        Args:
+            read: False makes all constant weights count as zero from now on, so that kept positions are carried
+                only where channels are the same on both sides.
+        """
+
     def spread(self, state: State) -> None:
         """Carry kept positions across the node, both ways."""
 

@@ -34,7 +34,7 @@ from etp_deploy.surgery.statements.pointwise import missing_rows
 from etp_deploy.surgery.statements.weights import Weight, take_merged
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     import onnx_ir as ir
 
@@ -109,7 +109,7 @@ class Contraction(Statement):
         self._axis: Axis = structure[self.data_axis]
         # a view wherever the layout allows: weights may be memory-mapped
         self._flat = self.weight.flattened(self._array(), self._axis)
-        self.nonzero = (self._flat != 0).any(axis=3)
+        self._weights = self.nonzero = (self._flat != 0).any(axis=3)
         outputs = self.nonzero.shape[0] * self.nonzero.shape[1]
         out[self.out_axis] = labelled(outputs) if outputs > 1 else plain((1,))[0]
         self.active = True
@@ -181,7 +181,8 @@ class Contraction(Statement):
             return np.ones(self.nonzero.shape[::2], bool)
         return self._by_group(self._along_data(mask))
 
-    def _kept_outputs(self, state: State) -> np.ndarray:
+    def kept_outputs(self, state: State) -> np.ndarray:
+        """Return which output channels stay, as (group, output of the group)."""
         return self._along_out(state.mask(self.out)).reshape(self.nonzero.shape[:2])
 
     def _held(self, state: State) -> tuple[np.ndarray, np.ndarray]:
@@ -203,6 +204,25 @@ class Contraction(Statement):
             known, low = np.broadcast_to(known, shape), np.broadcast_to(low, shape)
         known = known.reshape(shape)
         return known, np.where(known, low.reshape(shape), 0.0)
+
+    # words: bits that say in which rounds a position went, see `lines`
+
+    def words_out(self, codes: Mapping[ir.Value, np.ndarray]) -> np.ndarray | None:
+        """Return the words of the output channels, in the weight's order; None where they cannot go."""
+        words = codes.get(self.out)
+        if words is None or self._out_frame[self._out_dim] == 1:
+            return None
+        return self._along_out(words, np.bitwise_and)
+
+    def words_in(self, codes: Mapping[ir.Value, np.ndarray]) -> np.ndarray | None:
+        """Return the words of the contracted axis, space that is merged with it included; None where none can go."""
+        words = codes.get(self.data)
+        if words is None or not self._data_dims:
+            return None
+        line = self._along_data(words, np.bitwise_and)
+        sizes = [factor.size.static or 1 for factor in self._axis]
+        shape = [size if factor.labelled else 1 for size, factor in zip(sizes, self._axis, strict=True)]
+        return np.broadcast_to(line.reshape(shape), sizes).reshape(-1)
 
     # constants
 
@@ -231,6 +251,12 @@ class Contraction(Statement):
 
     # masks
 
+    def rewind(self, *, read: bool = True) -> None:
+        """Forget the outputs seen, the constants held, and that weights counted as zero."""
+        self._seen = self._constants = None
+        if self.active:
+            self.nonzero = self._weights if read else np.zeros_like(self._weights)
+
     def spread(self, state: State) -> None:
         """A kept output keeps each input that it reads and that is not a known constant."""
         if not self.active:
@@ -240,7 +266,7 @@ class Contraction(Statement):
             self._spread_groups(state)
         if not self._data_dims:
             return
-        kept = self._kept_outputs(state)
+        kept = self.kept_outputs(state)
         if self._seen is None:
             self._seen = np.zeros_like(kept)
             self._needed = np.zeros(self.nonzero.shape[::2], bool)
@@ -299,7 +325,7 @@ class Contraction(Statement):
         """A depthwise channel stays on both sides or on neither."""
         if not self._data_dims or self.nonzero.shape[2] != 1:
             return
-        kept = np.asarray(self._kept_outputs(state).any(axis=1, keepdims=True))
+        kept = np.asarray(self.kept_outputs(state).any(axis=1, keepdims=True))
         self._grow_inputs(state, kept, Cause("read by the same group of", self.node, self.out))
         inputs = self.kept_inputs(state)
         if self.nonzero.shape[1] == 1:
@@ -334,7 +360,7 @@ class Contraction(Statement):
 
     def _repair_groups(self, state: State) -> bool:
         cause = Cause("groups keep equal counts at", self.node, spare=True)
-        outputs = self._kept_outputs(state)
+        outputs = self.kept_outputs(state)
         inputs = self.kept_inputs(state) if self._data_dims else np.ones(self.nonzero.shape[::2], bool)
         groups = np.asarray(outputs.any(axis=1) | (inputs.any(axis=1) & bool(self._data_dims)))
         if not self._data_dims:
@@ -353,7 +379,7 @@ class Contraction(Statement):
             return np.zeros((1, 1), bool)
         known, value = self._held(state)
         usable = known & (value != 0)
-        read = (self.nonzero & self._kept_outputs(state)[:, :, None]).any(axis=1)
+        read = (self.nonzero & self.kept_outputs(state)[:, :, None]).any(axis=1)
         kept = self.kept_inputs(state)
         lacking = (usable & read & ~kept).any(axis=1) & ~(usable & kept).any(axis=1)
         return np.asarray(usable & lacking[:, None])
@@ -374,7 +400,7 @@ class Contraction(Statement):
         if not self.active:
             default_layout(state, self.out)
             return
-        kept = self._kept_outputs(state)
+        kept = self.kept_outputs(state)
         order = self._group_order(state)
         channels = (
             np.concatenate([np.flatnonzero(kept[group]) + group * kept.shape[1] for group in order])
@@ -446,7 +472,7 @@ class Contraction(Statement):
         """Cut the weight, fold what removed constants contributed into the bias or the carrier, fix the group."""
         if not self.active:
             return
-        outputs, inputs = self._kept_outputs(state), self.kept_inputs(state)
+        outputs, inputs = self.kept_outputs(state), self.kept_inputs(state)
         known, value = self._held(state)
         gone = known & ~inputs if self._data_dims else np.zeros_like(known)
         folded = (self.nonzero & outputs[:, :, None] & (gone & (value != 0))[:, None, :]).any()

@@ -15,7 +15,7 @@ from etp_deploy.surgery.state import Cause, ConflictError, nested_fill
 from etp_deploy.surgery.statements.base import Edit, SetAttribute, SetInput, Statement, array_of, set_plain
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     import onnx_ir as ir
 
@@ -41,6 +41,7 @@ class Recurrent(Statement):
         self.gates = gates
         self.candidate = candidate
         self.active = False
+        self._reading = True
 
     # structure
 
@@ -113,7 +114,34 @@ class Recurrent(Statement):
                 dead = dead & (initial == 0).all(axis=1)
         return np.asarray(dead)
 
+    def _zero_outputs(self, state: State) -> np.ndarray:
+        """Return which units are known to be zero at every step, as (direction, unit)."""
+        zero = np.zeros((self.directions, self.units), bool)
+        for value in self._outputs():
+            constant = state.constant(value)
+            if constant is not None:
+                zero |= constant.zero.reshape(zero.shape)
+        return zero
+
+    # words: bits that say in which rounds a position went, see `lines`
+
+    def words_out(self, codes: Mapping[ir.Value, np.ndarray]) -> np.ndarray:
+        """Return the words of the units, as (direction, unit)."""
+        words = np.full((self.directions, self.units), ~np.uint64(0))
+        for value in self._outputs():
+            words &= codes[value].reshape(words.shape)
+        return words
+
+    def words_in(self, codes: Mapping[ir.Value, np.ndarray]) -> np.ndarray | None:
+        """Return the words of the inputs; None where none can go."""
+        words = codes.get(self.data)
+        return None if words is None or self._data_dim is None else words.reshape(-1)
+
     # masks
+
+    def rewind(self, *, read: bool = True) -> None:
+        """Let units read inputs and each other, or let them read nothing."""
+        self._reading = read
 
     def _kept(self, state: State) -> np.ndarray:
         kept = np.zeros((self.directions, self.units), bool)
@@ -132,15 +160,16 @@ class Recurrent(Statement):
         if not self.active:
             return
         kept = self._kept(state)
-        live = ~self._zero_units()
+        live = ~self._zero_outputs(state)
         for _ in range(self.units):
-            read = (self._reads_units & kept[:, :, None]).any(axis=1) & live
+            read = (self._reads_units & kept[:, :, None]).any(axis=1) & live & self._reading
             if not (read & ~kept).any():
                 break
             kept = kept | read
         self._keep(state, kept, Cause("a hidden unit that stays reads it in", self.node))
         if self._data_dim is not None:
             wanted = (self._reads_data & kept[:, :, None]).any(axis=(0, 1)) & ~self._held(state)[0]
+            wanted = wanted & self._reading
             shape = [1] * state.mask(self.data).ndim
             shape[self._data_dim] = -1
             cause = Cause("read with a weight that is not zero by", self.node, self.node.outputs[0])
