@@ -19,6 +19,8 @@ from data import Data, Split
 from pruning import choose, compacted, expanded, macs
 from tasks import CLASSES, TASKS, Recipe, Task
 
+from etp_deploy.training import coupled_groups
+
 
 def images(count, seed):
     """Images whose class is the quarter that is bright."""
@@ -116,9 +118,8 @@ def test_verdicts(ours, theirs, outcome, clear):
     assert (found["outcome"], found["clear"], found["best_other"]) == (outcome, clear, "lasso")
 
 
-@pytest.mark.parametrize("name", ["vgg", "resnet", "vit", "gat", "informer"])
-def test_units_are_all_that_has_to_go(name):
-    """Without a third of each unit's modules a network computes what it computes with them at zero."""
+def small_network(name):
+    """One of the networks at its smallest, and inputs."""
     torch.manual_seed(0)
     network, inputs = {
         "vgg": lambda: (models.Vgg(8, (1, 1)), (torch.randn(2, 1, 8, 8),)),
@@ -133,7 +134,13 @@ def test_units_are_all_that_has_to_go(name):
             (torch.randn(2, 48, 5), torch.randn(2, 72, 3)),
         ),
     }[name]()
-    network.eval()
+    return network.eval(), inputs
+
+
+@pytest.mark.parametrize("name", ["vgg", "resnet", "vit", "gat", "informer"])
+def test_units_are_all_that_has_to_go(name):
+    """Without some of each unit's modules a network computes what it computes with them at zero."""
+    network, inputs = small_network(name)
     units = network.units()
     scores = {unit.group.name: torch.rand(unit.count(network)) for unit in units}
     keep = choose(network, units, scores, inputs, 1.5)
@@ -145,6 +152,35 @@ def test_units_are_all_that_has_to_go(name):
     assert macs(network, inputs) >= 1.5 * macs(small, inputs)
     with pytest.raises(ValueError, match="out of reach"):
         choose(network, units, scores, inputs, 1e6)
+
+
+def modules_of(part, network):
+    """The module that each index of a part's axis belongs to."""
+    if part.index is not None:
+        return tuple(part.index)
+    split = part.split or (network.get_parameter(part.parameter).shape[part.axis],)
+    shape = [-1 if place == part.position else 1 for place in range(len(split))]
+    return tuple(torch.arange(split[part.position]).view(shape).expand(split).flatten().tolist())
+
+
+@pytest.mark.parametrize("name", ["vgg", "resnet", "vit", "gat"])
+def test_units_are_the_groups_of_the_surgery(name):
+    """What the networks declare is what the surgery's coupling finds: the same weights in the same modules."""
+    network, inputs = small_network(name)
+    parameters = dict(network.named_parameters())
+    declared = {
+        frozenset(
+            (part.parameter, part.axis, modules_of(part, network))
+            for part in (*unit.group.parts, *unit.slices)
+            if part.parameter in parameters
+        )
+        for unit in network.units()
+    }
+    coupled = {
+        frozenset((part.parameter, part.axis, modules_of(part, network)) for part in group.parts)
+        for group in coupled_groups(network, inputs)
+    }
+    assert declared == coupled
 
 
 def test_the_order_makes_the_table_useful_early():

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 #: Values agree when they are this close, relative to their largest.
 AGREEMENT = 1e-4
-BENCH_SECONDS = 3.0
+BENCH_SECONDS = 2.0
 
 
 @dataclass(frozen=True)

@@ -147,7 +147,7 @@ TASKS = {
             CLASSES,
             _FASHION,
             lambda _: models.Vit(),
-            Recipe(rate=2e-3, batch=32, dense=14, force=5, tune=5),
+            Recipe(rate=2e-3, batch=32, dense=12, force=4, tune=4),
             seeds=3,
             reduced="16 patches of 8x8, 3 blocks of width 64, 8 heads of 8, 256 neurons; "
             "2,400 training and 2,000 test images",
@@ -178,7 +178,7 @@ TASKS = {
             CLASSES,
             _FASHION,
             lambda _: models.ResNet(),
-            Recipe(rate=2e-3, batch=32, dense=8, force=3, tune=3),
+            Recipe(rate=2e-3, batch=32, dense=8, force=2, tune=2),
             seeds=1,
             reduced="an eighth of the widths, a 3x3 stem of stride 2 without pooling; "
             "2,400 training and 2,000 test images",
@@ -187,11 +187,11 @@ TASKS = {
             "language-bert",
             "BERT (MiniLM), Rotten Tomatoes",
             CLASSES,
-            partial(data.sentences, 1600, 600, 1000, 24),
+            partial(data.sentences, 1200, 500, 1000, 20),
             _minilm,
             Recipe(rate=1e-4, batch=32, dense=3, force=2, tune=2, again=1.0),
             seeds=1,
-            reduced="the first 2 of 6 blocks, 24 tokens, embeddings frozen; 1,600 training and 1,000 test sentences",
+            reduced="the first 2 of 6 blocks, 20 tokens, embeddings frozen; 1,200 training and 1,000 test sentences",
         ),
     )
 }
