@@ -130,7 +130,8 @@ class DepGraph:
     others. Heads are removed as whole heads.
     """
 
-    steps = 200
+    #: How finely the pruned share is searched: to one part in 2 to the power of this.
+    halvings = 9
 
     def __init__(self, setting: Setting) -> None:
         path = str(data.fetch("torch-pruning"))
@@ -140,9 +141,10 @@ class DepGraph:
 
         self.library = torch_pruning
         self.setting = setting
-        self.pruner = self._pruner(setting.network)
+        self.pruner = self._pruner(setting.network, 0.5)
 
-    def _pruner(self, network: nn.Module) -> Any:
+    def _pruner(self, network: nn.Module, share: float) -> Any:
+        """Return a pruner of a network that removes a share of its channels and heads in one step."""
         heads = {
             layer: layer.out_features // module.size
             for module in network.modules()
@@ -157,11 +159,13 @@ class DepGraph:
             importance=self.library.importance.GroupMagnitudeImportance(p=2, normalizer="mean"),
             reg=1.0,
             global_pruning=True,
-            pruning_ratio=1.0,
-            head_pruning_ratio=1.0,
+            pruning_ratio=share,
+            head_pruning_ratio=share,
             max_pruning_ratio=15 / 16,
-            iterative_steps=self.steps,
             ignored_layers=last,
+            # its default dictionaries are shared by all pruners
+            in_channel_groups={},
+            out_channel_groups={},
             num_heads=heads,
             prune_num_heads=bool(heads),
             prune_head_dims=not heads,
@@ -180,21 +184,27 @@ class DepGraph:
             parameter.sub_(share * parameter.grad)
 
     def pruned(self, speedup: float) -> tuple[nn.Module, dict[str, Tensor] | None]:
-        """Let it prune in many small steps until the MACs are met."""
-        small = copy.deepcopy(self.setting.network)
+        """Search the share of channels and heads with which it just meets the MACs."""
         example = self.setting.example
-        wanted = macs(small, example) / speedup
-        pruner = self._pruner(small)
-        for _ in range(self.steps):
-            pruner.step()
+        wanted = macs(self.setting.network, example) / speedup
+        best = None
+        low, high = 0, 2**self.halvings
+        while low < high:
+            middle = (low + high) // 2
+            small = copy.deepcopy(self.setting.network)
+            self._pruner(small, middle / 2**self.halvings).step()
             try:
                 left = macs(small, example)
             except RuntimeError as error:
                 raise OutOfReachError(f"what Torch-Pruning leaves does not run: {error}") from error
             if left <= wanted:
-                small.zero_grad(set_to_none=True)
-                return small, None
-        raise OutOfReachError(f"a speed-up of {speedup} is out of reach")
+                best, high = small, middle
+            else:
+                low = middle + 1
+        if best is None:
+            raise OutOfReachError(f"a speed-up of {speedup:g} is out of reach")
+        best.zero_grad(set_to_none=True)
+        return best, None
 
 
 @dataclass(frozen=True)

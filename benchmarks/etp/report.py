@@ -134,7 +134,8 @@ All methods get the same: the same dense start for a seed, as many epochs with t
 (each module's norm as a share of its group's mean; network slimming and DepGraph use their own), removal of the lowest
 until the MACs are met, as many epochs of fine-tuning, and the same {len(STRENGTHS)} strengths to choose from ({grid}:
 1 brings a module of average size to zero where no gradient defends it). The strength is chosen for each method and
-speed-up on validation examples with seed 0; test examples are looked at once. The forces are proximal steps outside
+speed-up on validation examples with seed 0, "(end)" where it is the least or the most; test examples are looked at
+once. The forces are proximal steps outside
 Adam, for all. The dense network is trained on for as long as the others. ETP and linear torque come in two variants:
 distance counted in the order of the norms at the start, and by index as published. DepGraph is torch-pruning 1.6.1's
 GroupNormPruner with its own groups.
@@ -206,9 +207,17 @@ def _table(found: Document) -> list[str]:
         lines.append(
             f"| {row['speedup']:g}x | {title} | {_value(found, row['mean'])} | {spread} | {row['seeds']} "
             f"| {row['compressed_macs_ratio']:.2f}x | {row['parameters_ratio']:.2f}x | {latency} | {memory} "
-            f"| {row['equal']} of {row['examples']} | {row['strength']:g} |"
+            f"| {row['equal']} of {row['examples']} | {_strength(row)} |"
         )
     return lines
+
+
+def _strength(row: Document) -> str:
+    """Return the strength that was chosen, marked where it lies at an end of what there was to choose from."""
+    if row["method"] == "dense":
+        return ""
+    ends = {min(STRENGTHS), max(STRENGTHS)}
+    return f"{row['strength']:g}{' (end)' if row['strength'] in ends else ''}"
 
 
 def _memory_ratio(timing: Document) -> float:
