@@ -130,8 +130,8 @@ class DepGraph:
     others. Heads are removed as whole heads.
     """
 
-    #: How finely the pruned share is searched: to one part in 2 to the power of this.
-    halvings = 9
+    #: How finely the pruned share is searched: steps of the whole, and steps of a step.
+    shares = (48, 8)
 
     def __init__(self, setting: Setting) -> None:
         path = str(data.fetch("torch-pruning"))
@@ -146,14 +146,18 @@ class DepGraph:
     def _pruner(self, network: nn.Module, share: float) -> Any:
         """Return a pruner of a network that removes a share of its channels and heads in one step."""
         heads = {
-            layer: layer.out_features // module.size
+            layer: layer.out_features // size
             for module in network.modules()
-            if hasattr(module, "size")
+            if (size := getattr(module, "attention_head_size", getattr(module, "size", None))) is not None
             for name, layer in module.named_children()
             if name in {"query", "key", "value", "linear"}
         }
         last = [module for name, module in network.named_modules() if name in {"classifier", "project"}]
-        return self.library.pruner.GroupNormPruner(
+        frozen = [parameter for parameter in network.parameters() if not parameter.requires_grad]
+        for parameter in frozen:
+            # it follows gradients, and would take what has none for absent
+            parameter.requires_grad_(True)
+        pruner = self.library.pruner.GroupNormPruner(
             network,
             self.setting.example,
             importance=self.library.importance.GroupMagnitudeImportance(p=2, normalizer="mean"),
@@ -170,6 +174,9 @@ class DepGraph:
             prune_num_heads=bool(heads),
             prune_head_dims=not heads,
         )
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        return pruner
 
     @torch.no_grad()
     def pull(self, rate: float) -> None:
@@ -184,27 +191,34 @@ class DepGraph:
             parameter.sub_(share * parameter.grad)
 
     def pruned(self, speedup: float) -> tuple[nn.Module, dict[str, Tensor] | None]:
-        """Search the share of channels and heads with which it just meets the MACs."""
-        example = self.setting.example
-        wanted = macs(self.setting.network, example) / speedup
-        best = None
-        low, high = 0, 2**self.halvings
-        while low < high:
-            middle = (low + high) // 2
-            small = copy.deepcopy(self.setting.network)
-            self._pruner(small, middle / 2**self.halvings).step()
-            try:
-                left = macs(small, example)
-            except RuntimeError as error:
-                raise OutOfReachError(f"what Torch-Pruning leaves does not run: {error}") from error
-            if left <= wanted:
-                best, high = small, middle
-            else:
-                low = middle + 1
-        if best is None:
+        """Raise the share of channels and heads until the MACs are met, coarsely and then finely.
+
+        Halving the interval would not do: near its most the pruner spares whole layers.
+        """
+        wanted = macs(self.setting.network, self.setting.example) / speedup
+        coarse, fine = self.shares
+        shares = (place / coarse for place in range(1, coarse))
+        first = next((share for share in shares if self._left(share)[1] <= wanted), None)
+        if first is None:
             raise OutOfReachError(f"a speed-up of {speedup:g} is out of reach")
-        best.zero_grad(set_to_none=True)
-        return best, None
+        for place in range(fine):
+            small, left = self._left(first - (fine - 1 - place) / (coarse * fine))
+            if left <= wanted:
+                break
+        small.zero_grad(set_to_none=True)
+        return small, None
+
+    def _left(self, share: float) -> tuple[nn.Module, int]:
+        """Return the network without a share of its channels and heads, and its MACs."""
+        small = copy.deepcopy(self.setting.network)
+        frozen = {name for name, parameter in small.named_parameters() if not parameter.requires_grad}
+        self._pruner(small, share).step()
+        for name, parameter in small.named_parameters():
+            parameter.requires_grad_(name not in frozen)
+        try:
+            return small, macs(small, self.setting.example)
+        except RuntimeError as error:
+            raise OutOfReachError(f"what Torch-Pruning leaves does not run: {error}") from error
 
 
 @dataclass(frozen=True)
