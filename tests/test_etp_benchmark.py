@@ -118,6 +118,19 @@ def test_verdicts(ours, theirs, outcome, clear):
     assert (found["outcome"], found["clear"], found["best_other"]) == (outcome, clear, "lasso")
 
 
+@pytest.mark.parametrize(("ours", "clear"), [(0.84, False), (0.9, True)])
+def test_one_seed_is_held_against_the_size_of_the_test_sample(ours, clear):
+    """With one seed a lead counts only where that many test examples can tell it."""
+    rows = [
+        {"method": name, "speedup": 4.0, "seeds": 1, "mean": mean, "spread": None, "examples": 1000}
+        for name, mean in (("etp", ours), ("lasso", 0.82))
+    ]
+    found = report._verdict(TINY, rows, 4.0)
+    assert (found["outcome"], found["clear"]) == ("ahead", clear)
+    wanted = 2 * ((ours * (1 - ours) + 0.82 * 0.18) / 1000) ** 0.5
+    assert found["doubt"] == pytest.approx(wanted)
+
+
 def small_network(name):
     """One of the networks at its smallest, and inputs."""
     torch.manual_seed(0)

@@ -96,9 +96,11 @@ def _verdict(task: Task, rows: Sequence[Document], speedup: float) -> Document:
     ours = means[OURS]
     gap = sign * (ours["mean"] - best["mean"])
     spreads = [row["spread"] for row in (ours, best) if row["spread"] is not None]
-    # two standard errors of a difference of means; with one seed nothing is known of the spread
+    # two standard errors: of the difference of means over seeds, or with one seed of the test sample
     doubt = 2 * math.sqrt(sum(s * s for s in spreads) / ours["seeds"]) if len(spreads) == 2 else None
     outcome = "ahead" if gap > 0 else "level" if gap == 0 else "behind"
+    if doubt is None and task.kind.metric == "accuracy":
+        doubt = _sampling(ours, best)
     clear = doubt is not None and abs(gap) > doubt
     return {
         "speedup": speedup,
@@ -106,9 +108,16 @@ def _verdict(task: Task, rows: Sequence[Document], speedup: float) -> Document:
         "clear": clear,
         "gap": gap,
         "doubt": doubt,
+        "seeds": ours["seeds"],
         "best_other": best["method"],
         "rivals": len(others),
     }
+
+
+def _sampling(ours: Document, best: Document) -> float:
+    """Return two standard errors of a difference of two accuracies on as many test examples."""
+    variances = [row["mean"] * (1 - row["mean"]) / (row["examples"] / row["seeds"]) for row in (ours, best)]
+    return 2 * math.sqrt(sum(variances))
 
 
 def markdown(summaries: Sequence[Document], machine: Document) -> str:
@@ -151,17 +160,37 @@ Hardware: {machine.get("processor")}, {machine.get("cores")} cores. Python {mach
 
 
 def _overview(summaries: Sequence[Document]) -> list[str]:
-    lines = ["| task | speed-up | ETP against the best of the others | gap | beyond the spread of seeds |"]
-    lines.append("|---|---:|---|---:|---|")
+    verdicts = [verdict for found in summaries for verdict in found["verdicts"]]
+    known = [verdict for verdict in verdicts if verdict["outcome"] != "unfinished"]
+    ahead = [verdict for verdict in known if verdict["outcome"] == "ahead"]
+    both = sum(all(verdict["outcome"] == "ahead" for verdict in found["verdicts"]) for found in summaries)
+    lines = [
+        (
+            f"ETP (ordered by norm) is ahead of every other method in {len(ahead)} of {len(known)} comparisons, "
+            f"{sum(verdict['clear'] for verdict in ahead)} of them beyond doubt; at all speed-ups in {both} of "
+            f"{len(summaries)} tasks. It is behind in {sum(v['outcome'] == 'behind' for v in known)}, "
+            f"{sum(v['clear'] for v in known if v['outcome'] == 'behind')} of them beyond doubt."
+        ),
+        "",
+        (
+            "Doubt is two standard errors: of the difference of the means over seeds, or with one seed of the test "
+            "sample (accuracies alone)."
+        ),
+        "",
+        "| task | speed-up | ETP against the best of the others | gap | doubt | seeds |",
+        "|---|---:|---|---:|---:|---:|",
+    ]
     for found in summaries:
         for verdict in found["verdicts"]:
+            row = f"| {found['title']} | {verdict['speedup']:g}x"
             if verdict["outcome"] == "unfinished":
-                lines.append(f"| {found['title']} | {verdict['speedup']:g}x | unfinished | | |")
+                lines.append(f"{row} | unfinished | | | |")
                 continue
-            sure = "one seed" if verdict["doubt"] is None else "yes" if verdict["clear"] else "no"
             against = f"{verdict['outcome']} ({METHODS[verdict['best_other']].title})"
-            gap = _points(found, verdict["gap"])
-            lines.append(f"| {found['title']} | {verdict['speedup']:g}x | {against} | {gap} | {sure} |")
+            doubt = "" if verdict["doubt"] is None else _points(found, verdict["doubt"])
+            lines.append(
+                f"{row} | {against} | {_points(found, verdict['gap'])} | {doubt} | {verdict['seeds']} |"
+            )
     return lines
 
 
@@ -175,7 +204,7 @@ def _in_words(found: Document, verdict: Document) -> str:
     if verdict["doubt"] is None:
         return f"{text}; one seed, so nothing is known of the spread."
     inside = "beyond" if verdict["clear"] else "within"
-    return f"{text}; {inside} two standard errors of the difference ({_points(found, verdict['doubt'])})."
+    return f"{text}; {inside} doubt ({_points(found, verdict['doubt'])})."
 
 
 def _points(found: Document, value: float) -> str:
