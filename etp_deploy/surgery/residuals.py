@@ -20,7 +20,8 @@ import onnx_ir as ir
 from etp_deploy.errors import UsageError
 from etp_deploy.surgery.analysis import read
 from etp_deploy.surgery.plan import plan
-from etp_deploy.surgery.prepare import constant, prepare
+from etp_deploy.surgery.prepare import prepare
+from etp_deploy.surgery.resolve import constant
 from etp_deploy.surgery.shapes import single_label
 
 if TYPE_CHECKING:

@@ -21,7 +21,6 @@ from etp_deploy.surgery.rules.quantized import (
 )
 from etp_deploy.surgery.rules.registry import RefusedError, rule
 from etp_deploy.surgery.statements.base import array_of
-from etp_deploy.surgery.statements.packed import PackedContraction
 from etp_deploy.surgery.statements.quantized import IntegerContraction
 from etp_deploy.surgery.statements.weights import Weight
 
@@ -176,6 +175,7 @@ def conv_integer(node: ir.Node) -> Statement:
 
 _SEQUENCE = computed(2, 5, 6, dtype=BYTES)
 _EIGHT = tuple(0.1 * (1 + column) for column in range(8))
+_BYTE_COLUMNS = (weight(6, 8, dtype=BYTES), at_scale(0.1), at_zero(2))
 
 
 @rule(
@@ -189,7 +189,7 @@ _EIGHT = tuple(0.1 * (1 + column) for column in range(8))
             at_zero(*[0] * 8, dtype=SIGNED),
             *OUT,
         ),
-        example(_SEQUENCE, *_DATA[1:], weight(6, 8, dtype=BYTES), at_scale(0.1), at_zero(2), *OUT),
+        example(_SEQUENCE, *_DATA[1:], *_BYTE_COLUMNS, *OUT),
         example(
             _SEQUENCE,
             *_DATA[1:],
@@ -208,26 +208,8 @@ _EIGHT = tuple(0.1 * (1 + column) for column in range(8))
             *OUT,
             removable=False,
         ),
-        example(
-            _SEQUENCE,
-            at_scale(0.2),
-            at_zero(1, 2),
-            weight(6, 8, dtype=BYTES),
-            at_scale(0.1),
-            at_zero(2),
-            *OUT,
-            removable=False,
-        ),
-        example(
-            _SEQUENCE,
-            *_DATA[1:],
-            weight(6, 8, dtype=BYTES),
-            at_scale(0.1),
-            at_zero(2),
-            at_scale(0.3),
-            literal(0, "float32"),
-            removable=False,
-        ),
+        example(_SEQUENCE, at_scale(0.2), at_zero(1, 2), *_BYTE_COLUMNS, *OUT, removable=False),
+        example(_SEQUENCE, *_DATA[1:], *_BYTE_COLUMNS, at_scale(0.3), literal(0, "float32"), removable=False),
     ),
 )
 def qlinear_matmul(node: ir.Node) -> Statement:
@@ -450,100 +432,3 @@ def qgemm(node: ir.Node) -> Statement:
         finish=finish,
         bias=6,
     )
-
-
-_PACKED = (
-    literal((np.arange(8 * 2 * 8) * 37 % 251).reshape(8, 2, 8), BYTES),
-    literal(np.linspace(0.1, 0.2, 16), "float32"),
-)
-
-
-@rule(
-    "MatMulNBits",
-    domain=MICROSOFT,
-    examples=(
-        example(computed(2, 3, 32), *_PACKED, K=32, N=8, bits=4, block_size=16),
-        example(
-            computed(2, 3, 32),
-            *_PACKED,
-            literal([0x21, 0x83, 0x65, 0x87, 0x78, 0x56, 0x34, 0x12], BYTES),
-            None,
-            _FLOAT_BIAS,
-            K=32,
-            N=8,
-            bits=4,
-            block_size=16,
-        ),
-        example(
-            computed(2, 3, 26),
-            *_PACKED,
-            literal(np.linspace(5, 9, 16), "float32"),
-            K=26,
-            N=8,
-            bits=4,
-            block_size=16,
-        ),
-        example(
-            computed(2, 3, 32),
-            *_PACKED,
-            None,
-            literal([0] * 16 + [1] * 16, "int32"),
-            K=32,
-            N=8,
-            bits=4,
-            block_size=16,
-            removable=False,
-        ),
-        example(
-            computed(2, 3, 32),
-            *_PACKED,
-            None,
-            None,
-            computed(8),
-            K=32,
-            N=8,
-            bits=4,
-            block_size=16,
-            removable=False,
-        ),
-        example(
-            computed(2, 3, 32),
-            *_PACKED,
-            K=32,
-            N=8,
-            bits=4,
-            block_size=16,
-            weight_prepacked=1,
-            removable=False,
-        ),
-        example(
-            computed(2, 3, 32),
-            _PACKED[0],
-            literal(np.linspace(0.1, 0.2, 8), "float32"),
-            K=32,
-            N=8,
-            bits=4,
-            block_size=16,
-            removable=False,
-        ),
-    ),
-)
-def matmul_n_bits(node: ir.Node) -> Statement:
-    """y[..., m] = sum_k x[..., k] * (b[m, k] - zero[m, k // block]) * scale[m, k // block] + bias[m]"""
-    packed = constant_at(node, 1, "the weight is")
-    for index in (2, 3, 5):
-        if input_at(node, index) is not None:
-            constant_at(node, index, "the weight's scale, zero point or bias is")
-    if input_at(node, 4) is not None:
-        raise RefusedError("its groups are listed index by index")
-    bits = int(attribute(node, "bits", 4))
-    if bits not in {2, 4, 8} or packed.ndim != 3 or attribute(node, "weight_prepacked", 0):
-        raise RefusedError("its weight is packed in another way")
-    block = int(attribute(node, "block_size", 0))
-    blocks = -(-int(attribute(node, "K", 0)) // max(block, 1))
-    if (
-        packed.shape[1:] != (blocks, block * bits // 8)
-        or constant_at(node, 2, "the scale is").size != len(packed) * blocks
-    ):
-        raise RefusedError("its weight is not of the size that it says")
-    return PackedContraction(node, bits=bits, block=block)
