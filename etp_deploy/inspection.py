@@ -23,7 +23,8 @@ from etp_deploy.surgery.thresholds import with_zeros
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from etp_deploy.surgery.analysis import Analysis
+    from etp_deploy.surgery.analysis import Analysis, Fill
+    from etp_deploy.surgery.plan import RemovalPlan
 
 # a chain of reasons longer than this says nothing more
 LONGEST_CHAIN = 40
@@ -133,16 +134,22 @@ def _analyse(source: Path | str, options: _Options) -> tuple[tuple[Layer, ...], 
     model = read_model(Path(source))
     if options.zero_below:
         model = with_zeros(model, options.zero_below)
-    prepared = prepare(model)
-    merged = merge(prepared) if options.merge_duplicates else 0
-    removal, analysis = plan(prepared.graph, fill)
+    prepared, removal, analysis, merged = _planned(model, options, fill)
     if partial is not None:
         rewrite(prepared, removal.edits)
         restore_interface(prepared, model)
         more = shrink_branches(prepared, removal.layers, partial, fill)
-        if more is not None:
-            _, removal, analysis = more
+        # an analysis says nothing of a graph that was rewritten
+        _, removal, analysis = more or _planned(model, options, fill)[:3]
     return removal.layers, analysis, merged
+
+
+def _planned(
+    model: ir.Model, options: _Options, fill: Fill | None
+) -> tuple[ir.Model, RemovalPlan, Analysis, int]:
+    prepared = prepare(model)
+    merged = merge(prepared) if options.merge_duplicates else 0
+    return prepared, *plan(prepared.graph, fill), merged
 
 
 def explain(
