@@ -175,6 +175,18 @@ def test_einsum_that_is_no_matrix_product_is_left_alone(equation):
     assert before == after
 
 
+def test_channels_merged_with_a_size_that_only_the_weight_knows():
+    """A Flatten of N x 2 in front of a matrix with four columns: how the columns lie is not known."""
+    net = Net(x=(2, 4, 9))
+    net.node("Einsum", ["x", net.rand(9, 4, 2, dead=(0,), axis=2)], "h", equation="abc,cbo->bao")
+    net.node("Flatten", ["h"], "f", axis=1)
+    net.node("Gemm", ["f", net.rand(6, 4)], "y", transB=1)
+    case = net.case("y")
+    case.model.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "N"
+    before, after = gained(case)
+    assert before == after
+
+
 # as torch exports them
 
 

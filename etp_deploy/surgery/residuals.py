@@ -22,7 +22,7 @@ from etp_deploy.surgery.analysis import read
 from etp_deploy.surgery.plan import plan
 from etp_deploy.surgery.policy import alignment
 from etp_deploy.surgery.prepare import constant, prepare
-from etp_deploy.surgery.shapes import single_label
+from etp_deploy.surgery.shapes import is_parameter, single_label
 from etp_deploy.surgery.statements.base import Bypass
 
 if TYPE_CHECKING:
@@ -118,9 +118,10 @@ def _cut_all(graph: ir.Graph, how: Partial, useless: set[str]) -> dict[str, ir.N
 
 def _cut_off(analysis: Analysis, node: ir.Node, which: int, how: Partial) -> ir.Node | None:
     """Put a Gather and a Pad behind a branch, where an operand of a sum is one; return the Gather."""
-    branch = node.inputs[which]
+    branch, stream = node.inputs[which], node.inputs[1 - which]
     found = None if branch is None else _constants(analysis, node, branch)
-    if branch is None or found is None or branch.shape is None:
+    # what is added to a constant is a bias, and no residual
+    if branch is None or stream is None or is_parameter(stream) or found is None or branch.shape is None:
         return None
     axis, held = found
     # a constant that is not zero must be added, which is one more copy
