@@ -132,6 +132,16 @@ def test_a_stack_in_front(operator):
     assert gained(net.case("y")) == (3 * 8 * 11, 3 * 6 * 11)
 
 
+def test_rows_that_lack_channels_take_those_of_others():
+    """Where a stack's channels must line up (a product with itself), all keep the same ones if they can."""
+    net = Net(x=("N", 7))
+    up = dead_rows(net.rand(3, 7, 6), ((0, 2, 3, 4, 5), (0, 1, 2, 3, 4, 5), (0, 4)), 1)
+    net.node("MatMul", ["x", up], "h")
+    net.node("Transpose", ["h"], "t", perm=[0, 2, 1])
+    net.node("MatMul", ["h", "t"], "y")
+    assert gained(net.case("y")) == (3 * 7 * 6, 3 * 7 * 4)
+
+
 # Einsum
 
 
