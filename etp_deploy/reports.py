@@ -65,6 +65,17 @@ def kept_dead_rows(document: Mapping[str, Any]) -> list[tuple[str, int, str]]:
     return [(entry["tensor"], entry["count"], entry["reason"]) for entry in document["kept_dead"]]
 
 
+def alignment_line(document: Mapping[str, Any]) -> str:
+    """Say which alignment was used, for what, and what was measured."""
+    found = document["alignment"]
+    used = "no alignment" if found["used"] == "off" else f"channel counts at multiples of {found['used']}"
+    line = f"{used}, for {found['target']}"
+    if found["times"]:
+        times = ", ".join(f"{name} {time:.2f}" for name, time in found["times"].items())
+        line += f"; measured here, time against exact counts: {times}"
+    return line
+
+
 def verification_line(found: Mapping[str, Any] | None) -> str:
     """Say whether the two models agree and what that rests on."""
     if found is None:

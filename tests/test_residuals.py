@@ -16,7 +16,7 @@ from etp_deploy import compress
 from etp_deploy.errors import UsageError
 from etp_deploy.inspection import explain, inspect
 from etp_deploy.surgery.plan import plan
-from etp_deploy.surgery.policy import alignment_fill
+from etp_deploy.surgery.policy import multiple_fill
 from etp_deploy.surgery.prepare import prepare
 from etp_deploy.surgery.residuals import partial_residuals, shrink_branches
 from etp_deploy.surgery.rewrite import restore_interface, rewrite
@@ -44,13 +44,13 @@ def elements(kept, width=STREAM, lost=0, kernel=1):
     return width * INNER + INNER * INNER * kernel**2 + kept * (INNER + 1) + OUT * width + lost
 
 
-def gained(case, wanted="always", align="off"):
+def gained(case, wanted="always", multiple=1):
     """Return weight elements before and after; outputs are equal, optimised and not."""
     original = ir.from_proto(case.model)
-    prepared, fill = prepare(original), alignment_fill(align)
+    prepared, fill = prepare(original), multiple_fill(multiple)
     removal, _ = plan(prepared.graph, fill)
     rewrite(prepared, removal.edits)
-    more = shrink_branches(prepared, removal.layers, partial_residuals(wanted, align), fill)
+    more = shrink_branches(prepared, removal.layers, partial_residuals(wanted, multiple), fill)
     if more is not None:
         prepared, removal, _ = more
         rewrite(prepared, removal.edits)
@@ -94,7 +94,7 @@ def test_constants_that_are_not_zero_are_added():
 
 def test_counts_are_aligned():
     """A run is as long as the kernels want it, where there are enough channels."""
-    before, after, _ = gained(residual(range(5, 12)), align=4)
+    before, after, _ = gained(residual(range(5, 12)), multiple=4)
     assert (before, after) == (elements(STREAM), elements(8))
 
 
@@ -216,7 +216,7 @@ def twins(path):
 def test_removal_beyond_what_is_dead(options, left, capfd, tmp_path):
     """Duplicates and partial residuals go on request, and inspect shows what compress does."""
     source, out = twins(tmp_path / "twins.onnx"), tmp_path / "o.onnx"
-    arguments = ("compress", source, "-o", out, PLAIN, "--align", "off", "--json", *options)
+    arguments = ("compress", source, "-o", out, *PLAIN, "--align", "off", "--json", *options)
     _, printed, told = call(capfd, *arguments)
     document = json.loads(printed)
     assert document["parameters"]["after"] == 8 * 27 + left[0] * 27 + left[0] * left[1] + 16

@@ -13,6 +13,7 @@ from etp_deploy.cli.options import (
     inputs,
     merge_duplicates,
     partial_residuals,
+    target,
     zero_below,
 )
 from etp_deploy.cli.sources import check_model, read_inputs
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 @click.argument("source", type=PATH, metavar="IN.onnx")
 @click.option("-o", "--output", type=PATH, required=True, metavar="OUT.onnx", help="The file to write.")
 @align
+@target
 @zero_below
 @merge_duplicates
 @partial_residuals
@@ -40,6 +42,7 @@ def compress(
     source: Path,
     output: Path,
     align: str | int,
+    target: str,
     zero_below: float,
     merge_duplicates: bool,
     partial_residuals: str,
@@ -72,6 +75,7 @@ def compress(
             source,
             output,
             align=align,
+            target=target,
             zero_below=zero_below,
             merge_duplicates=merge_duplicates,
             partial_residuals=partial_residuals,

@@ -6,7 +6,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from etp_deploy.cli.options import PATH, align, as_json, merge_duplicates, partial_residuals, zero_below
+from etp_deploy.cli.options import (
+    PATH,
+    align,
+    as_json,
+    merge_duplicates,
+    partial_residuals,
+    target,
+    zero_below,
+)
 from etp_deploy.cli.sources import check_model
 from etp_deploy.cli.terminal import emit, quiet_stdout, show, stages
 from etp_deploy.errors import UsageError
@@ -22,6 +30,7 @@ if TYPE_CHECKING:
 @click.option("--explain", metavar="TENSOR[:AXIS]", help="Say why the indices along this axis stay or go.")
 @click.option("--all", "everything", is_flag=True, help="Show layers with nothing dead as well.")
 @align
+@target
 @zero_below
 @merge_duplicates
 @partial_residuals

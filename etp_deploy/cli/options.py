@@ -73,7 +73,18 @@ def align(command: Callable[..., Any]) -> Callable[..., Any]:
         default="auto",
         show_default=True,
         help="off: remove all that is dead; N: keep convolutions' channel counts at multiples of N; "
-        "auto: what ONNX Runtime's kernels are fast at.",
+        "auto: what the target's kernels are fast at; for the host that is measured.",
+    )(command)
+
+
+def target(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add `--target`."""
+    return click.option(
+        "--target",
+        type=click.Choice(("host", "cpu-avx2", "cpu-avx512", "arm64", "cuda", "none")),
+        default="host",
+        show_default=True,
+        help="What --align auto plans for: this machine, or another by rule.",
     )(command)
 
 

@@ -24,7 +24,7 @@ import numpy as np
 import onnx_ir as ir
 
 from etp_deploy.surgery.analysis import read
-from etp_deploy.surgery.prepare import constant
+from etp_deploy.surgery.resolve import constant
 from etp_deploy.surgery.shapes import is_parameter
 from etp_deploy.surgery.statements.base import array_of, floating
 from etp_deploy.surgery.statements.contraction import Contraction

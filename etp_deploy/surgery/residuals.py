@@ -20,8 +20,8 @@ import onnx_ir as ir
 from etp_deploy.errors import UsageError
 from etp_deploy.surgery.analysis import read
 from etp_deploy.surgery.plan import plan
-from etp_deploy.surgery.policy import alignment
-from etp_deploy.surgery.prepare import constant, prepare
+from etp_deploy.surgery.prepare import prepare
+from etp_deploy.surgery.resolve import constant
 from etp_deploy.surgery.shapes import is_parameter, single_label
 from etp_deploy.surgery.statements.base import Bypass
 
@@ -50,12 +50,12 @@ class Partial:
     multiple: int
 
 
-def partial_residuals(wanted: str | bool, align: str | int) -> Partial | None:
+def partial_residuals(wanted: str | bool, multiple: int) -> Partial | None:
     """Read the option; None where branches stay as they are.
 
     Args:
         wanted: False or "off", True or "auto" (where it pays), or "always".
-        align: as for `compress`.
+        multiple: what counts of channels should be multiples of.
 
     Raises:
         UsageError: when it is something else.
@@ -63,7 +63,7 @@ def partial_residuals(wanted: str | bool, align: str | int) -> Partial | None:
     kind = ("auto" if wanted else "off") if isinstance(wanted, bool) else wanted
     if kind not in {"off", "auto", "always"}:
         raise UsageError("no way to treat residuals", where=str(wanted), hint="off, auto or always")
-    return None if kind == "off" else Partial(kind == "always", alignment(align))
+    return None if kind == "off" else Partial(kind == "always", multiple)
 
 
 def shrink_branches(

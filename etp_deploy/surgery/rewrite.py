@@ -11,8 +11,8 @@ import onnx_ir as ir
 from etp_deploy.errors import PlanError
 from etp_deploy.surgery.boundaries import name_apart, release_bodies, remove_unused
 from etp_deploy.surgery.fusions import put_together
-from etp_deploy.surgery.prepare import constant
 from etp_deploy.surgery.projections import close_projections
+from etp_deploy.surgery.resolve import constant
 from etp_deploy.surgery.statements.base import (
     AddVector,
     Affine,

@@ -57,10 +57,12 @@ def biased_gelu(node: ir.Node) -> Statement:
         example(weight(6, 4), computed(2, 3, 6), transA=1, transB=1),
         example(computed(2, 4, 3, 6), computed(2, 4, 5, 6), transB=1, alpha=0.25),
         example(computed(2, 4, 6, 3), computed(2, 4, 6, 5), transA=1),
+        example(computed(2, 4, 3, 6), computed(2, 4, 6, 5), alpha=0.25),
+        example(computed(6), weight(6, 4), alpha=0.5, removable=False),
         example(computed(2, 4, 3, 6), weight(4, 5, 6), transB=1),
         example(weight(4, 6, 5), computed(4, 3, 6), transA=1, transB=1, alpha=0.5),
         example(
-            computed(3, 2, 6),
+            computed(2, 2, 6),
             computed(2, 6, 4),
             transBatchA=1,
             operator="FusedMatMul",
@@ -74,11 +76,8 @@ def fused_matmul(node: ir.Node) -> Statement:
         raise RefusedError("a product that exchanges the batch with an axis of the matrices")
     alpha = float(attribute(node, "alpha", 1.0))
     turned = (bool(attribute(node, "transA", 0)), bool(attribute(node, "transB", 0)))
-    ranks = [rank(value) for value in node.inputs]
-    if min(ranks) < 2:
-        if any(turned):
-            raise RefusedError("a transposed vector")
-        return Product(node, scale=alpha)
+    if min(rank(value) for value in node.inputs) < 2:
+        raise RefusedError("a product with a vector")
     arrays = [array_of(value) for value in node.inputs]
     for which in (0, 1):
         array = arrays[which]
@@ -104,8 +103,6 @@ def _contraction(node: ir.Node, data: int, turned: tuple[bool, bool], alpha: flo
         inner, outer = outer, inner
     contracted = int(turned[1]) if data == 0 else 1 - int(turned[0])
     out = axes - 1 if data == 0 else axes - 2
-    sources = [*range(axes - 2), outer, outer]
-    sources[out] = -1
     return Contraction(
         node,
         data=data,
@@ -114,5 +111,5 @@ def _contraction(node: ir.Node, data: int, turned: tuple[bool, bool], alpha: flo
         weight=Weight(1 - data, out=1 - contracted, contracted=contracted),
         bias=None,
         bias_scale=alpha,
-        sources=tuple(None if axis == -1 else axis for axis in sources),
+        sources=(*range(axes - 2), outer, outer),
     )
