@@ -406,10 +406,19 @@ def stack(
 
 
 def _equal(mask: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Return a mask (row, channel...) in which each of some rows keeps equally many channels, and at least one."""
+    """Return a mask (row, channel...) in which each of some rows keeps equally many channels, and at least one.
+
+    Rows are filled with the channels that most others keep, which is what may have to line up.
+    """
     filled = mask.copy()
-    lacking = np.flatnonzero(rows & ~mask.reshape(len(mask), -1).any(axis=1))
-    filled.reshape(len(mask), -1)[lacking, 0] = True
+    flat = filled.reshape(len(mask), -1)
+    flat[rows & ~flat.any(axis=1), np.argmax(flat.sum(axis=0))] = True
+    lines = filled.reshape(-1, mask.shape[-1])
+    order = np.argsort(-lines.sum(axis=0), kind="stable")
+    wanted = int(lines.sum(axis=1).max(initial=0))
+    for line in np.flatnonzero(lines.any(axis=1)):
+        lacking = order[~lines[line, order]]
+        lines[line, lacking[: wanted - int(lines[line].sum())]] = True
     return nested_fill(filled)
 
 
