@@ -7,6 +7,7 @@ from functools import cache
 import numpy as np
 import onnx
 from graphs import Case, failure, shrunk, weight_elements
+from rule_attention import attentions
 from test_surgery_regressions import Net
 
 
@@ -74,6 +75,7 @@ def neighbours() -> dict[str, tuple[tuple[Case, int], ...]]:
         (sized("sizes"), 6 * 3 + 2 * 6),
     )
     return {
+        **attentions(),
         "where": guarded,
         "_guarded_softmax": guarded,
         "may_be_infinite": guarded,

@@ -152,6 +152,7 @@ def _may_mask_all(node: ir.Node) -> bool:
             num_heads=4,
             removable=False,
         ),
+        example(computed(2, 3, 12), weight(2, 5, 12), computed(2, 5, 12), num_heads=4, removable=False),
     ),
 )
 def multi_head_attention(node: ir.Node) -> Statement:
@@ -226,6 +227,14 @@ def multi_head_attention(node: ir.Node) -> Statement:
             kv_num_heads=2,
             outputs=3,
         ),
+        example(
+            *(computed(2, 3, 32), weight(2, 3, 32), computed(2, 3, 32), None, None),
+            *(literal([2, 2], "int32"), literal(3, "int32")),
+            num_heads=4,
+            kv_num_heads=4,
+            outputs=1,
+            removable=False,
+        ),
     ),
 )
 def group_query_attention(node: ir.Node) -> Statement:
@@ -241,12 +250,10 @@ def group_query_attention(node: ir.Node) -> Statement:
     sink = input_at(node, 11) is not None or attribute(node, "smooth_softmax", 0) > 0
     form = Form(
         (2,),
-        scale=None if attribute(node, "scale", 0.0) else 1.0 / math.sqrt(size),
         counts=("num_heads", "kv_num_heads"),
         # rows beyond a sequence's length hold what the kernel pleases
         sums_to_one=False,
         shiftable=not (rotated or normalised or sink or attribute(node, "softcap", 0.0)),
-        one_size=True,
         whole="heads have to be of a size that is a multiple of eight, at",
         cached=_CACHE if cached else "",
         per_head=((10, 3), (11, 1)),
@@ -335,6 +342,12 @@ def rotary_embedding(node: ir.Node) -> Statement:
             *(computed(2, 3, 24), indices(2, 3, below=8), weight(8, 2), weight(8, 2)),
             num_heads=4,
             rotary_embedding_dim=4,
+        ),
+        example(
+            *(computed(2, 3, 24), indices(2, 3, below=8), weight(8, 3), weight(8, 3)),
+            num_heads=4,
+            is_packed_batching=1,
+            removable=False,
         ),
     ),
 )
