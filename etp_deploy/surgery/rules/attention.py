@@ -90,6 +90,11 @@ def _quotient(total: int, parts: int) -> int:
             removable=False,
         ),
         example(computed(2, 4, 3, 2), weight(2, 4, 3, 2), computed(2, 4, 3, 2), opset=23, removable=False),
+        example(
+            *(computed(2, 4, 5, 6), computed(2, 4, 3, 6), computed(2, 4, 3, 2), None, None, None),
+            literal([0, 2]),
+            opset=24,
+        ),
     ),
 )
 def attention(node: ir.Node) -> Statement:
@@ -324,6 +329,11 @@ def pinned_attention(node: ir.Node) -> Statement:
             num_heads=4,
             rotary_embedding_dim=4,
             interleaved=1,
+        ),
+        example(
+            *(computed(2, 4, 3, 6), weight(8, 4), weight(8, 4), indices(2, 3, below=8)),
+            opset=23,
+            removable=False,
         ),
     ),
 )
