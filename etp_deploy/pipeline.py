@@ -16,9 +16,12 @@ from etp_deploy.inputs import given_inputs, input_specs
 from etp_deploy.modelfile import keeps_weights_outside, move_model, read_model, write_model
 from etp_deploy.simplify import Simplifier
 from etp_deploy.sizes import ModelSizes, model_sizes
+from etp_deploy.surgery.duplicates import merge_duplicates as merge
 from etp_deploy.surgery.plan import Layer, RemovalPlan, plan
-from etp_deploy.surgery.policy import HOST, Target, alignment_fill, multiple_fill, target_named
+from etp_deploy.surgery.policy import HOST, Target, alignment, multiple_fill, target_named
 from etp_deploy.surgery.prepare import prepare
+from etp_deploy.surgery.residuals import partial_residuals as read_partial
+from etp_deploy.surgery.residuals import shrink_branches
 from etp_deploy.surgery.rewrite import restore_interface, rewrite
 from etp_deploy.surgery.thresholds import newly_dead, with_zeros
 from etp_deploy.tuning import fastest, host_target, measured
@@ -31,7 +34,6 @@ if TYPE_CHECKING:
     import numpy as np
     import onnx_ir as ir
 
-    from etp_deploy.surgery.analysis import Fill
 
 # what the report tries when channels lie just below it
 HINT_THRESHOLD = 1e-6
@@ -68,6 +70,7 @@ class CompressionReport:
         nearly_dead: how many more output channels a threshold of 1e-6 would make dead.
         simplified: whether onnxsim's result was kept.
         alignment: which alignment was used, and why.
+        merged: how many channels another stands for, being multiples of it.
     """
 
     source: str
@@ -81,6 +84,7 @@ class CompressionReport:
     nearly_dead: int
     simplified: bool
     alignment: Alignment
+    merged: int
 
     @property
     def removed(self) -> dict[str, int]:
@@ -116,6 +120,7 @@ class CompressionReport:
         document["zero_below"] = {"used": self.zero_below, "at_1e-6_more_dead_channels": self.nearly_dead}
         document["simplified"] = self.simplified
         document["alignment"] = dataclasses.asdict(self.alignment)
+        document["merged_duplicates"] = self.merged
         return document
 
 
@@ -126,6 +131,8 @@ def compress(
     align: str | int = "auto",
     target: str = HOST,
     zero_below: float = 0.0,
+    merge_duplicates: bool = False,
+    partial_residuals: str | bool = False,
     verify: bool = True,
     simplify: bool = True,
     inputs: Mapping[str, np.ndarray] | None = None,
@@ -141,6 +148,9 @@ def compress(
         target: what to plan for: a name in `surgery.policy.TARGETS`, or "host" for this machine, on which "auto"
             measures what is fastest.
         zero_below: weights below this share of their layer's largest count as zero.
+        merge_duplicates: let one channel stand for all that are multiples of it.
+        partial_residuals: shrink branches that add nothing to some channels of their residual: "always", or True
+            where that pays.
         verify: compare original and result before anything is written.
         simplify: run onnxsim, and keep its result if it is no worse.
         inputs: an array for each input, to compare on instead of drawn ones.
@@ -160,7 +170,10 @@ def compress(
     if inputs is not None and not verify:
         raise UsageError("nothing runs on the inputs", where="inputs", hint="verify, or leave them out")
     planned = host_target() if target == HOST else target_named(target)
-    fill = alignment_fill(align, planned)
+    multiple = alignment(align, planned)
+    read_partial(
+        partial_residuals, multiple
+    )  # an option that makes no sense is refused before anything is read
     job = _Job(progress)
     with job.stage("read"):
         original = read_model(source)
@@ -179,15 +192,21 @@ def compress(
             if zero_below and verify:
                 reference = Path(folder) / "reference.onnx"
                 write_model(model, reference, external_data=keeps_weights_outside(original))
-        with job.stage("prepare"):
-            prepared = prepare(model)
-            before = model_sizes(original, source, prepared.graph)
-        shrinking = _Shrinking(model, Path(folder), job, outside=keeps_weights_outside(original))
+        shrinking = _Shrinking(
+            model,
+            Path(folder),
+            job,
+            merge_duplicates=merge_duplicates,
+            partial_residuals=partial_residuals,
+            outside=keeps_weights_outside(original),
+        )
+        prepared = shrinking.prepared()
+        before = model_sizes(original, source, prepared.graph)
         if align == "auto" and target == HOST:
-            candidate, rows, alignment = _tuned(shrinking, prepared, planned, inputs)
+            candidate, rows, chosen = _tuned(shrinking, prepared, planned, inputs)
         else:
-            candidate, rows = shrinking.run(prepared, fill)
-            alignment = Alignment(planned.name, str(planned.rule if align == "auto" else align))
+            candidate, rows = shrinking.written(prepared, shrinking.planned(prepared, multiple), multiple)
+            chosen = Alignment(planned.name, _multiple_name(multiple))
         kept_simpler = False
         if simplifier is not None:
             with job.stage("simplify"):
@@ -210,36 +229,61 @@ def compress(
         zero_below=zero_below,
         nearly_dead=nearly,
         simplified=kept_simpler,
-        alignment=alignment,
+        alignment=chosen,
+        merged=shrinking.merged,
     )
 
 
 class _Shrinking:
-    """Writes what is left of one model under different policies, each into a file of its own."""
+    """Writes what is left of one model under different alignments, each into a file of its own."""
 
-    def __init__(self, model: ir.Model, folder: Path, job: _Job, *, outside: bool) -> None:
+    def __init__(
+        self,
+        model: ir.Model,
+        folder: Path,
+        job: _Job,
+        *,
+        merge_duplicates: bool,
+        partial_residuals: str | bool,
+        outside: bool,
+    ) -> None:
         self.model, self.folder, self.job, self.outside = model, folder, job, outside
-        self.files = 0
+        self.merge_duplicates, self.partial_residuals = merge_duplicates, partial_residuals
+        self.merged = 0
 
-    def planned(self, prepared: ir.Model, fill: Fill | None) -> RemovalPlan:
-        """Return what goes under a policy."""
+    def prepared(self) -> ir.Model:
+        """Return the model in the form that is planned on and rewritten."""
+        with self.job.stage("prepare"):
+            prepared = prepare(self.model)
+        if self.merge_duplicates:
+            with self.job.stage("merge"):
+                self.merged = merge(prepared)
+        return prepared
+
+    def planned(self, prepared: ir.Model, multiple: int) -> RemovalPlan:
+        """Return what goes under an alignment."""
         with self.job.stage("plan"):
-            return plan(prepared.graph, fill)[0]
+            return plan(prepared.graph, multiple_fill(multiple))[0]
 
-    def run(self, prepared: ir.Model, fill: Fill | None) -> tuple[Path, tuple[Layer, ...]]:
-        """Plan, rewrite and write; the model itself is written where nothing can go."""
-        return self.written(prepared, self.planned(prepared, fill))
-
-    def written(self, prepared: ir.Model, removal: RemovalPlan) -> tuple[Path, tuple[Layer, ...]]:
-        """Rewrite a prepared model, which is used up, and write it."""
+    def written(
+        self, prepared: ir.Model, removal: RemovalPlan, multiple: int
+    ) -> tuple[Path, tuple[Layer, ...]]:
+        """Rewrite a prepared model, which is used up, and write it; the model itself where nothing can go."""
         result = self.model
         if removal.edits:
             with self.job.stage("rewrite"):
                 rewrite(prepared, removal.edits)
                 restore_interface(prepared, self.model)
             result = prepared
-        path = self.folder / f"candidate{self.files}.onnx"
-        self.files += 1
+        partial = read_partial(self.partial_residuals, multiple)
+        if partial is not None:
+            with self.job.stage("residuals"):
+                more = shrink_branches(result, removal.layers, partial, multiple_fill(multiple))
+                if more is not None:
+                    result, removal, _ = more
+                    rewrite(result, removal.edits)
+                    restore_interface(result, self.model)
+        path = self.folder / f"candidate{multiple}.onnx"
         removed = _in_words(_removed(removal.layers))
         metadata = {"etp_deploy.version": __version__, "etp_deploy.removed": removed}
         with self.job.stage("write"):
@@ -253,11 +297,11 @@ def _tuned(
     """Write a candidate for each multiple that makes a difference, and choose the fastest on this machine."""
     made: dict[int, tuple[Path, tuple[Layer, ...]]] = {}
     for multiple in target.multiples:
-        fresh = prepared if not made else prepare(shrinking.model)
-        removal = shrinking.planned(fresh, multiple_fill(multiple))
+        fresh = shrinking.prepared() if made else prepared
+        removal = shrinking.planned(fresh, multiple)
         if any(_counts(removal.layers) == _counts(rows) for _, rows in made.values()):
             continue
-        made[multiple] = shrinking.written(fresh, removal)
+        made[multiple] = shrinking.written(fresh, removal, multiple)
         if not any(row.kind == "channels" and row.removed for row in removal.layers):
             break  # nothing that alignment is for
     multiples = list(made)

@@ -53,9 +53,11 @@ def removed_line(document: Mapping[str, Any]) -> str:
         total = sum(row["total"] for row in document["layers"] if row["kind"] == kind)
         if total:
             parts.append(f"{document['removed'][kind]:,} of {total:,} {kind}")
-    return (
-        "removed " + ", ".join(parts) if parts else "nothing could be removed: no layer has channels to lose"
-    )
+    if not parts:
+        return "nothing could be removed: no layer has channels to lose"
+    merged = document["merged_duplicates"]
+    multiples = f"; merged as multiples of others: {merged:,}" if merged else ""
+    return "removed " + ", ".join(parts) + multiples
 
 
 def kept_dead_rows(document: Mapping[str, Any]) -> list[tuple[str, int, str]]:

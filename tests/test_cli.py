@@ -282,6 +282,8 @@ BAD = (
     ("compress {m}/a.onnx -o {t}/o --align 0", 2, "none of auto, off or a positive number"),
     ("compress {m}/a.onnx -o {t}/o --zero-below 1", 2, "no share of a layer's largest weight"),
     ("compress {m}/a.onnx -o {t}/o --zero-below nan", 2, "no share of a layer's largest weight"),
+    ("compress {m}/a.onnx -o {t}/o --partial-residuals some", 2, "Invalid value for '--partial-residuals'"),
+    ("inspect {m}/a.onnx --partial-residuals", 2, "requires an argument"),
     ("compress {m}/a.onnx -o {t}/o --unknown", 2, "No such option"),
     ("inspect {m}/none.onnx", 3, "there is no such file"),
     ("inspect {m}/a.onnx --explain nothing", 2, "the model has no such tensor"),

@@ -100,6 +100,24 @@ def zero_below(command: Callable[..., Any]) -> Callable[..., Any]:
     )(command)
 
 
+def merge_duplicates(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add `--merge-duplicates`."""
+    text = "Let one channel stand for all that are multiples of it."
+    return click.option("--merge-duplicates", is_flag=True, help=text)(command)
+
+
+def partial_residuals(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add `--partial-residuals`."""
+    return click.option(
+        "--partial-residuals",
+        type=click.Choice(["off", "auto", "always"]),
+        default="off",
+        show_default=True,
+        help="Shrink branches that add nothing to some channels of their residual, and pad what they add; "
+        "auto: where that was measured to pay.",
+    )(command)
+
+
 def as_json(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add `--json`."""
     text = "Print one JSON document on stdout; tables go to stderr."

@@ -61,20 +61,18 @@ def target_named(name: str) -> Target:
     return TARGETS[name]
 
 
-def alignment_fill(align: str | int, target: Target) -> Fill | None:
-    """Return the policy for an `--align` value: "off", "auto" or a number.
+def alignment(align: str | int, target: Target) -> int:
+    """Return what an `--align` value wants counts of channels to be multiples of; 1 is exact.
 
     Args:
-        align: the value; "auto" is the target's rule.
+        align: "off", a number, or "auto", which is the target's rule.
         target: what is planned for.
 
     Raises:
         UsageError: for anything else.
     """
-    if align == "off":
-        return None
-    if align == "auto":
-        return multiple_fill(target.rule)
+    if align in {"off", "auto"}:
+        return 1 if align == "off" else target.rule
     try:
         multiple = int(align)
     except ValueError:
@@ -83,7 +81,7 @@ def alignment_fill(align: str | int, target: Target) -> Fill | None:
         raise UsageError(
             "alignment is auto, off or a positive number", where=str(align), hint="try --align 16"
         )
-    return multiple_fill(multiple)
+    return multiple
 
 
 def multiple_fill(multiple: int) -> Fill | None:

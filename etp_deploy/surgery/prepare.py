@@ -33,6 +33,7 @@ from etp_deploy.surgery.boundaries import (
     rebind,
     remove_unused,
 )
+from etp_deploy.surgery.equations import spell_out
 from etp_deploy.surgery.fusions import take_apart
 from etp_deploy.surgery.projections import open_projections
 from etp_deploy.surgery.resolve import constant, fill_shapes, fold_integers, resolve_shapes, shape_data
@@ -76,7 +77,7 @@ def prepare(model: ir.Model) -> ir.Model:
         remove_unused(model)
         infer_shapes(model)
     absorbed = absorb_padding(graph) | omit_zero_states(graph) | omit_expansions(graph, shape_data)
-    if absorbed | expand_tiles(graph):
+    if absorbed | expand_tiles(graph) | spell_out(graph):
         remove_unused(model)
     return model
 

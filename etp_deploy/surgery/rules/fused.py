@@ -11,6 +11,7 @@ from etp_deploy.surgery.statements.base import array_of
 from etp_deploy.surgery.statements.contraction import Contraction
 from etp_deploy.surgery.statements.pointwise import Pointwise
 from etp_deploy.surgery.statements.product import Product
+from etp_deploy.surgery.statements.stacked import stack
 from etp_deploy.surgery.statements.weights import Weight
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ def biased_gelu(node: ir.Node) -> Statement:
         example(computed(2, 4, 3, 6), computed(2, 4, 6, 5), alpha=0.25),
         example(computed(6), weight(6, 4), alpha=0.5, removable=False),
         example(computed(2, 4, 3, 6), weight(4, 5, 6), transB=1),
+        example(weight(4, 6, 5), computed(4, 3, 6), transA=1, transB=1, alpha=0.5),
         example(
             computed(2, 2, 6),
             computed(2, 6, 4),
@@ -81,6 +83,8 @@ def fused_matmul(node: ir.Node) -> Statement:
         array = arrays[which]
         if array is not None and array.ndim == 2 and arrays[1 - which] is None:
             return _contraction(node, 1 - which, turned, alpha)
+        if array is not None and array.ndim > 2 and arrays[1 - which] is None:
+            return stack(node, 1 - which, turned, alpha)
     return Product(node, transposed=turned, scale=alpha)
 
 

@@ -196,6 +196,10 @@ class Contracted(Statement):
         """
         return self.weight.flattened(self._array(), self._axis)
 
+    def columns(self, grouped: np.ndarray) -> np.ndarray:
+        """View a grouped weight by input channel: (group, output, channel, all the rest in its own axes)."""
+        return self.weight.by_label(grouped, self._axis)
+
     def _array(self) -> np.ndarray:
         array = array_of(self.node.inputs[self.weight.index])
         assert array is not None

@@ -173,7 +173,7 @@ class CutContraction(Contracted):
     ) -> np.ndarray:
         """Let one kept constant channel of each group carry the removed ones: w_j += sum_i w_i c_i / c_j."""
         grouped = grouped.astype(np.float64)
-        by_label = self.weight.by_label(grouped, self._axis)
+        by_label = self.columns(grouped)
         for group in range(grouped.shape[0]):
             removed = np.flatnonzero(gone[group] & (value[group] != 0))
             candidates = np.flatnonzero(present[group] & (value[group] != 0))

@@ -169,7 +169,7 @@ class QuantizedMean(Pointwise):
         data = self.node.inputs[0]
         if structure is None or not self.links or data is None or state.constant(data) is None:
             return
-        known, values = self._known(state, 0, structure)
+        known, values = self.operand(state, 0, structure)
         scale, zero, new_scale, new_zero = (array_of(input_of(self.node, index)) for index in (1, 2, 3, 4))
         if scale is None or new_scale is None:
             return

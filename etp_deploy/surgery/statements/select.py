@@ -13,6 +13,7 @@ from etp_deploy.surgery.shapes import (
 )
 from etp_deploy.surgery.state import ConflictError, coordinates
 from etp_deploy.surgery.statements.base import (
+    Bypass,
     Edit,
     SetAttribute,
     SetInput,
@@ -161,7 +162,10 @@ class Select(Selected):
         if self.how == "split":
             yield from self._split_edits([self._count(state, number) for number in range(len(self.parts))])
         elif self.how == "gather":
-            yield self._gather_edit(state)
+            edit = self._gather_edit(state)
+            yield edit
+            if self._is_all(state, edit.array):
+                yield Bypass()
         elif self.how == "slice":
             yield from self._slice_edits(state)
 
@@ -176,7 +180,13 @@ class Select(Selected):
         out = self.node.outputs[number]
         return int(state.layouts[out].shape[self._dim(self.parts[number][0][0])])
 
-    def _gather_edit(self, state: State) -> Edit:
+    def _is_all(self, state: State, indices: np.ndarray) -> bool:
+        """Return whether indices are all that is left along the axis, in order."""
+        index, _ = self.parts[0][0]
+        count = state.layouts[self._inputs()[index]].shape[self._dim(index)]
+        return np.array_equal(indices, np.arange(count))
+
+    def _gather_edit(self, state: State) -> SetInput:
         index, indices = self.parts[0][0]
         columns = self._columns(state, index, indices)
         old = array_of(self.node.inputs[1])
