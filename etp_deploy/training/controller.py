@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -11,6 +11,8 @@ import torch
 from etp_deploy.errors import UsageError
 from etp_deploy.training.blueprint import Blueprint
 from etp_deploy.training.cost import Cost, LatencyCost, PlannedCost, parse_target
+from etp_deploy.training.shards import from_first, whole
+from etp_deploy.training.wrapping import named_parameters
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -130,10 +132,15 @@ class Controller:
             self._check_reach(target)
         self._cost = cost
 
+    def _ratio(self, killed: Tensor | None = None) -> float:
+        """Return the cost with some modules killed; every process has to ask, and the first one's answer holds."""
+        zero = self._zero(killed)
+        return from_first(lambda: self._cost.ratio(self.regularizer.model, zero))
+
     def _check_reach(self, target: str) -> None:
         """Refuse a target that is missed even with one module left in each group, before any training."""
         least = [torch.arange(len(dead)) > 0 for dead in self.regularizer.dead().values()]
-        floor = self._cost.ratio(self.regularizer.model, self._zero(torch.cat(least)))
+        floor = self._ratio(torch.cat(least))
         if floor > self.target:
             hint = f"with one module left in each group the cost is {floor:.3f} of the dense network's"
             raise UsageError("the target is out of reach of these groups", where=target, hint=hint)
@@ -181,7 +188,7 @@ class Controller:
             dead = self.regularizer.freeze()
             last = number >= self.updates
             if last or number % self._every == 0:
-                ratio = self._cost.ratio(self.regularizer.model, self._zero())
+                ratio = self._ratio()
                 if ratio > self.target and last:
                     killed, ratio = self._land(ratio)
                     dead = self.regularizer.freeze()
@@ -209,8 +216,8 @@ class Controller:
         """Return which weights are zero, some modules counted among them, in the order of `named_parameters`."""
         marks = {} if killed is None else self.regularizer.marks(killed)
         parts = []
-        for name, weight in self.regularizer.model.named_parameters():
-            zero = weight.detach() == 0
+        for name, weight in named_parameters(self.regularizer.model):
+            zero = whole(weight.detach() == 0)
             if name in marks:
                 zero = zero | marks[name]
             parts.append(zero.reshape(-1).cpu())
@@ -228,7 +235,7 @@ class Controller:
             middle = (low + high) // 2
             killed = torch.zeros(total, dtype=torch.bool)
             killed[order[: middle + 1]] = True
-            found = self._cost.ratio(self.regularizer.model, self._zero(killed))
+            found = self._ratio(killed)
             if found <= self.target:
                 high, best = middle, found
             else:
@@ -241,7 +248,7 @@ class Controller:
             self.regularizer.kill(name, torch.nonzero(killed[start : start + len(dead)]).reshape(-1).tolist())
             start += len(dead)
         if best > self.target:
-            best = self._cost.ratio(self.regularizer.model, self._zero())
+            best = self._ratio()
         return count, best
 
     def _ranked(self) -> Tensor:
@@ -259,7 +266,7 @@ class Controller:
         """Return what resuming needs beside the model and the optimiser; the regulariser's state is in it."""
         return {
             "regularizer": self.regularizer.state_dict(),
-            "history": list(self.history),
+            "history": [asdict(found) for found in self.history],
             "done": self.done,
             "base": self.base,
             "steps": self._steps,
@@ -272,6 +279,6 @@ class Controller:
             UsageError: the regulariser has other groups.
         """
         self.regularizer.load_state_dict(state["regularizer"])
-        self.history = list(state["history"])
+        self.history = [Update(**found) for found in state["history"]]
         self.done, self.base = bool(state["done"]), float(state["base"])
         self._steps = int(state["steps"])
