@@ -174,15 +174,16 @@ def from_first(compute: Callable[[], float]) -> float:
     """
     if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
         return compute()
-    answer: list[float | EtpError] = [0.0]
+    answer: list[float | tuple[type[EtpError], str, str, str]] = [0.0]
     if is_first():
         try:
             answer = [compute()]
         except EtpError as error:
-            answer = [error]
+            answer = [(type(error), error.message, error.where, error.hint)]
     distributed.broadcast_object_list(answer)
-    if isinstance(answer[0], EtpError):
-        raise answer[0]
+    if isinstance(answer[0], tuple):
+        kind, message, where, hint = answer[0]
+        raise kind(message, where=where, hint=hint)
     return answer[0]
 
 
