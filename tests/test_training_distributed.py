@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
 import torch
 import two_processes
@@ -120,3 +122,13 @@ def test_what_shards_do_not_allow_is_refused(both):
         assert "before fully_shard" in said["blueprint"]
         assert "fully_shard" in said["flat"]
         assert "fully_shard" in said["flattened"]
+
+
+def test_the_sample_for_several_processes_prunes_to_its_target(folder, both):
+    """Sharded over two processes, exported by the first: half of the parameters at most, and something left."""
+    assert [answers["sample"] for answers in both] == [0, 0]
+    full, small = (
+        sum(int(np.prod(tensor.dims)) for tensor in onnx.load(folder / name).graph.initializer)
+        for name in ("full.onnx", "small.onnx")
+    )
+    assert 0.3 * full < small <= 0.5 * full

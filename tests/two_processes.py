@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import sys
 from pathlib import Path
 
@@ -197,13 +199,26 @@ def refusals(planned):
     }
 
 
+def sample(folder):
+    """Return what the sample for several processes exits with; its files go to the folder."""
+    path = Path(__file__).parents[1] / "samples" / "prune_distributed.py"
+    spec = importlib.util.spec_from_file_location("prune_distributed", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    small = ["--epochs=2", "--width=4", "--target=params:0.5", "--sharded"]
+    return module.main([*small, f"--output={folder}"])
+
+
 def main(folder):
     """Do all of it as one of several processes, and leave what was found in a file."""
-    distributed.init_process_group("gloo")
     torch.set_num_threads(1)
+    answers = {"sample": sample(folder)}
+    # the sample has used up what torchrun lets processes meet at
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store = Path(folder, "store").as_uri()
+    distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
     planned = plan()
     log = Path(folder, "log.jsonl")
-    answers = {}
     for case in CASES:
         answers["ddp", case] = run(case, nn.parallel.DistributedDataParallel(network()), planned).found()
         answers["fsdp", case] = run(case, sharded(), planned).found()

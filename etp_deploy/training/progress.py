@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Self, TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
+from torch import Tensor
 
 from etp_deploy.training.recording import table
 from etp_deploy.training.shards import is_first
@@ -29,7 +30,7 @@ class Progress:
             for epoch in range(epochs):
                 for x, y in progress.batches(loader):
                     ...
-                    progress.loss(float(loss))
+                    progress.loss(loss)
                 controller.update()
                 progress.line()
 
@@ -51,7 +52,7 @@ class Progress:
         self._first = start
         self._console = console or Console(stderr=True, highlight=False)
         self._quiet = not is_first()
-        self._losses: list[float] = []
+        self._losses: list[float | Tensor] = []
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -82,12 +83,13 @@ class Progress:
         task = self._bars.add_task(name, total=length_hint(loader) or None, loss="-")
         for batch in loader:
             yield batch
-            self._bars.update(task, advance=1, loss=f"{self._losses[-1]:.3f}" if self._losses else "-")
+            shown = self._losses and not self._bars.disable
+            self._bars.update(task, advance=1, loss=f"{float(self._losses[-1]):.3f}" if shown else "-")
         self._bars.remove_task(task)
 
-    def loss(self, value: float) -> None:
-        """Note the loss of a batch."""
-        self._losses.append(value)
+    def loss(self, value: float | Tensor) -> None:
+        """Note the loss of a batch; a tensor is read no sooner than it is shown."""
+        self._losses.append(value.detach() if isinstance(value, Tensor) else value)
 
     def line(self) -> None:
         """Print the line of an epoch; call it after the epoch's update."""
@@ -95,14 +97,15 @@ class Progress:
         done, left = self._epoch - self._first, self._epochs - self._epoch
         parts = [f"epoch {self._epoch:>{len(str(self._epochs))}}/{self._epochs}"]
         if self._losses:
-            parts.append(f"loss {sum(self._losses) / len(self._losses):.4f}")
+            parts.append(f"loss {sum(map(float, self._losses)) / len(self._losses):.4f}")
         if self._force.history:
             last = self._force.history[-1]
-            parts.append(f"force {last.beta:.2e}" if last.beta else "force off")
+            parts.append(f"force {f'{last.beta:.2e}' if last.beta else 'off':8}")
             total = sum(len(dead) for dead in self._force.regularizer.dead().values())
             parts.append(f"dead {last.dead}/{total}")
-            if last.ratio is not None:
-                parts.append(f"cost {last.ratio:.3f}")
+            ratios = [found.ratio for found in self._force.history if found.ratio is not None]
+            if ratios:
+                parts.append(f"cost {ratios[-1]:.3f}")
         parts.append(f"{_clock((time.monotonic() - self._started) / done * left)} left")
         self._losses.clear()
         if not self._quiet:
