@@ -114,9 +114,9 @@ class Training:
 CASES = {
     "target": ({"target": True, "beta": 0.05}, 5),
     "landing": ({"target": True, "beta": 0.02}, 4),
-    "gradients": ({"method": "etp", "beta": 1e-3, "proximal": False}, 2),
-    "gradients_l2": ({"method": "group_lasso", "beta": 2e-3, "proximal": False}, 2),
-    "mean_l1": ({"method": "etp_reference", "beta": 1e-2}, 2),
+    "gradients": ({"method": "etp", "beta": 1e-3, "proximal": False}, 1),
+    "gradients_l2": ({"method": "group_lasso", "beta": 2e-3, "proximal": False}, 1),
+    "mean_l1": ({"method": "etp_reference", "beta": 1e-2}, 1),
 }
 
 
