@@ -95,13 +95,23 @@ def test_the_force_matters_in_these_cases(alone):
         assert max(off) > 1e-3
 
 
-def test_a_resumed_training_of_two_processes_has_the_same_bits(both):
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_a_resumed_training_of_two_processes_has_the_same_bits(how, both):
     """Cut in two by a checkpoint that is read with `weights_only`, in new objects."""
     for rank in range(2):
-        straight, resumed = both[rank]["ddp", "target"], both[rank]["resumed"]
+        straight, resumed = both[rank][how, "target"], both[rank][how, "resumed"]
         assert resumed["history"] == straight["history"]
         for name, weight in straight["weights"].items():
             assert torch.equal(resumed["weights"][name], weight)
+
+
+def test_a_regulariser_may_be_older_than_the_shards(both):
+    """What it knew of the whole network holds for its shards, the frozen included."""
+    for answers in both:
+        before, after = answers["made before"]
+        assert [int(place) for place in (after["2"] == 0).nonzero()] == [0, 17]
+        for name, scores in before.items():
+            torch.testing.assert_close(after[name], scores)
 
 
 def test_the_first_process_decides(both):

@@ -122,7 +122,7 @@ def test_each_epoch_has_a_line_and_the_end_a_table():
 
 def test_a_terminal_has_a_bar():
     """On a terminal the bar counts the batches of its epoch."""
-    assert re.search(r"epoch 10/12 .*━━.*\b0/3", shown(terminal=True))
+    assert re.search(r"epoch 10/12 .*━━.*0/3", shown(terminal=True))
 
 
 def test_other_processes_print_nothing(monkeypatch):

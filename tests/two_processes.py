@@ -142,15 +142,34 @@ def sharded():
     return model
 
 
-def resumed(planned, folder):
+def replicated():
+    """Return the network as `DistributedDataParallel` trains it."""
+    return nn.parallel.DistributedDataParallel(network())
+
+
+def resumed(wrap, planned, folder):
     """Return what a training gives that was cut in two by a checkpoint, on the file system and read safely."""
     blueprint, groups = planned
     path = Path(folder, f"checkpoint-{distributed.get_rank()}.pt")
     options = {"blueprint": blueprint, "beta": 0.05}
-    first = Training(nn.parallel.DistributedDataParallel(network()), groups, **options).epochs(0, 3)
-    torch.save(first.state(), path)
-    second = Training(nn.parallel.DistributedDataParallel(network()), groups, **options)
+    torch.save(Training(wrap(), groups, **options).epochs(0, 3).state(), path)
+    second = Training(wrap(), groups, **options)
     return second.load(torch.load(path, weights_only=True)).epochs(3, 5).found()
+
+
+def made_before(groups):
+    """Return the scores that a regulariser gives whose network was sharded later, dead modules among them."""
+    from torch.distributed.fsdp import fully_shard  # noqa: PLC0415 - as above
+
+    model = network()
+    regularizer = make("group_lasso", model, groups)
+    regularizer.kill("2", [0, 17])
+    regularizer.freeze()
+    whole_scores = regularizer.scores()
+    fully_shard(model)
+    with torch.no_grad():
+        regularizer.hold()
+    return whole_scores, regularizer.scores()
 
 
 def message(call):
@@ -220,9 +239,11 @@ def main(folder):
     planned = plan()
     log = Path(folder, "log.jsonl")
     for case in CASES:
-        answers["ddp", case] = run(case, nn.parallel.DistributedDataParallel(network()), planned).found()
+        answers["ddp", case] = run(case, replicated(), planned).found()
         answers["fsdp", case] = run(case, sharded(), planned).found()
-    answers["resumed"] = resumed(planned, folder)
+    for how, wrap in (("ddp", replicated), ("fsdp", sharded)):
+        answers[how, "resumed"] = resumed(wrap, planned, folder)
+    answers["made before"] = made_before(planned[1])
     Training(sharded(), planned[1], recorder=Recorder(log)).epochs(0, 2)
     answers["disagreement"] = disagreement(planned[1])
     answers["refusals"] = refusals(planned)

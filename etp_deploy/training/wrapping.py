@@ -95,7 +95,7 @@ def plain_copy(model: nn.Module) -> nn.Module:
         UsageError: the network is sharded.
     """
     if next(sharded_modules(model), None) is not None:
-        hint = "make blueprints, groups and latency costs before fully_shard"
+        hint = "make blueprints and groups before fully_shard, and prune to params or macs"
         raise UsageError("a sharded network cannot be exported", where=type(model).__name__, hint=hint)
     twin = copy.deepcopy(unwrapped(model))
     for module in list(twin.modules()):
