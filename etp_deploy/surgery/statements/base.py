@@ -112,6 +112,11 @@ class FreeShape:
     value: ir.Value
 
 
+@dataclass(frozen=True)
+class Bypass:
+    """Leave a node out: its output is its first input, entry by entry."""
+
+
 Edit = (
     SetInput
     | SliceInput
@@ -123,6 +128,7 @@ Edit = (
     | AddVector
     | Affine
     | FreeShape
+    | Bypass
 )
 
 
