@@ -46,7 +46,7 @@ def test_a_wrong_target_is_one_line(capsys, tmp_path):
 
 def test_a_cnn_reaches_its_share_of_multiply_accumulates(capsys, tmp_path):
     """Trained, pruned, exported, compressed, verified and timed by one call."""
-    options = ["--epochs=4", "--width=8", "--target=macs:0.4", "--bench-seconds=0.5"]
+    options = ["--epochs=3", "--width=8", "--target=macs:0.4", "--bench-seconds=0.5"]
     assert load("prune_cnn").main([*options, "-o", str(tmp_path)]) == 0
     text = capsys.readouterr().out
     before, after = counts(text, "multiply-accumulates")
