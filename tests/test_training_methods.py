@@ -1,5 +1,6 @@
 """The pruning methods against formulas written out by hand."""
 
+import copy
 import math
 
 import pytest
@@ -271,3 +272,21 @@ def test_state_resumes_the_same_forces_and_the_frozen():
     assert model[0].weight.sum(1).tolist() == [3, 3, 0, 3]
     with pytest.raises(UsageError):
         make("etp", model, groups[:1]).load_state_dict(one.state_dict())
+
+
+@pytest.mark.parametrize("norm", ["l2_squared", "mean_l1", "l1", "l2"])
+def test_half_precision_weights(norm):
+    """Gradients and steps of bfloat16 weights are those of float32, rounded."""
+    torch.manual_seed(0)
+    half = nn.Linear(8, 4).bfloat16()
+    full = copy.deepcopy(half).float()
+    for model in (half, full):
+        regularizer = make("etp", model, beta=0.01, norm=norm)
+        model.weight.grad = torch.zeros_like(model.weight)
+        regularizer.add_gradients()
+        model.weight.grad *= 2
+        regularizer.penalty().backward()
+        regularizer.shrink(0.1)
+    assert half.weight.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(half.weight.grad.float(), full.weight.grad, rtol=0.02, atol=1e-5)
+    torch.testing.assert_close(half.weight.float(), full.weight, rtol=0.02, atol=1e-4)

@@ -53,6 +53,19 @@ class Classes:
         start = self.offsets[value]
         return self.labels[start : start + self.sizes[value]]
 
+    def needs(self, start: np.ndarray) -> np.ndarray:
+        """Return which classes stay wherever one of some classes does, these included.
+
+        Args:
+            start: whether each class is one of them.
+        """
+        result = start.copy()
+        while True:
+            before = result.sum()
+            result[self.heads[result[self.tails]]] = True
+            if result.sum() == before:
+                return result
+
     def dependents(self, start: np.ndarray) -> np.ndarray | None:
         """Spread module numbers from classes to all classes that cannot stay without them.
 

@@ -37,8 +37,12 @@ if TYPE_CHECKING:
     from etp_deploy.surgery.classes import Classes
     from etp_deploy.surgery.state import State
 
-# rounds of planting, and so bits of a module's code word; an accident among thousands of modules is one in millions
-ROUNDS = 60
+# rounds of planting beyond those that tell modules apart: what dies with either of two modules bears both words at
+# once, and must not look like a third's; it would have to by chance, once in millions
+MARGIN = 16
+MOST_ROUNDS = 63
+# rounds that find out whether an axis lets go
+TRIALS = 3
 
 
 @dataclass(frozen=True)
@@ -82,13 +86,50 @@ def couple(analysis: Analysis) -> Coupling:
     classes = classes_of(analysis)
     start = _Start.of(analysis.state)
     axes = list(_candidates(analysis, classes))
+    refused = _refused(analysis, classes, axes, start)
+    chosen = [axis for number, axis in enumerate(axes) if number not in refused]
+    # what comes back may drag innocents along: each refused axis gets its ways tried beside the accepted alone
+    pending = [axes[number] for number in refused]
+    for axis in [*_joined(classes, pending), *pending]:
+        if any((axis.ways[0] >= 0)[other.ways[0] >= 0].any() for other in chosen):
+            continue
+        while axis.ways and _refused(analysis, classes, [*chosen, axis], start):
+            axis.ways.popleft()
+        if axis.ways:
+            chosen.append(axis)
     while True:
-        axes = [axis for axis in axes if axis.ways]
-        coupling, refused = _plant(analysis, classes, axes, start)
-        if not refused:
+        coupling, back = _plant(analysis, classes, chosen, start)
+        if not back:
             return coupling
-        for number in refused:
-            axes[number].ways.popleft()
+        chosen = [axis for number, axis in enumerate(chosen) if number not in back]
+
+
+def _refused(analysis: Analysis, classes: Classes, axes: list[_Axis], start: _Start) -> list[int]:
+    """Return which axes do not let go when planted, in a few rounds."""
+    return _plant(analysis, classes, axes, start, rounds=TRIALS)[1]
+
+
+def _joined(classes: Classes, axes: list[_Axis]) -> Iterator[_Axis]:
+    """Yield axes of heads that need the same classes as one (heads of all blocks that share a position bias)."""
+    heads = [axis for axis in axes if axis.kind == "heads"]
+    needs = [classes.needs(axis.ways[0] >= 0) for axis in heads]
+    taken = [False] * len(heads)
+    for first, axis in enumerate(heads):
+        together = [
+            other
+            for other in range(first, len(heads))
+            if not taken[other]
+            and (needs[first] & needs[other]).any()
+            and heads[other].ways[0].max() == axis.ways[0].max()
+        ]
+        if taken[first] or len(together) < 2:
+            continue
+        way = np.full(classes.count, -1)
+        for other in together:
+            taken[other] = True
+            own = heads[other].ways[0]
+            way[own >= 0] = own[own >= 0]
+        yield _Axis("heads", deque([way]))
 
 
 # candidates
@@ -97,7 +138,7 @@ def couple(analysis: Analysis) -> Coupling:
 def _candidates(analysis: Analysis, classes: Classes) -> Iterator[_Axis]:
     """Yield an axis for each set of classes that a contraction or a recurrence reads, each class once."""
     multiplied = _multiplied(analysis, classes)
-    taken = np.zeros(classes.count, bool)
+    taken = classes.needs(_pinned(analysis.state, classes))
     for value, kind in _read(analysis):
         if value not in classes.offsets:
             continue
@@ -112,7 +153,17 @@ def _candidates(analysis: Analysis, classes: Classes) -> Iterator[_Axis]:
             modules = classes.dependents(way)
             if modules is not None:
                 axis.ways.append(modules)
-        yield axis
+        if axis.ways:
+            yield axis
+
+
+def _pinned(state: State, classes: Classes) -> np.ndarray:
+    """Return which classes stay whatever happens."""
+    result = np.zeros(classes.count, bool)
+    for value in state.pins:
+        if value in classes.offsets and sum(extent > 1 for extent in state.mask(value).shape) == 1:
+            result[classes.of(value)] = True
+    return result
 
 
 def _read(analysis: Analysis) -> Iterator[tuple[ir.Value, str]]:
@@ -198,14 +249,16 @@ class _Start:
 
 
 def _plant(
-    analysis: Analysis, classes: Classes, axes: list[_Axis], start: _Start
+    analysis: Analysis, classes: Classes, axes: list[_Axis], start: _Start, rounds: int | None = None
 ) -> tuple[Coupling, list[int]]:
     """Take modules for dead, in rounds; return what went with each, and the axes that did not let go."""
     first, total = [], 0
     for axis in axes:
         first.append(total)
         total += int(axis.ways[0].max()) + 1
-    words = _words([int(axis.ways[0].max()) + 1 for axis in axes])
+    if rounds is None:
+        rounds = min(MOST_ROUNDS, 2 * total.bit_length() + MARGIN) if axes else 0
+    words = _words([int(axis.ways[0].max()) + 1 for axis in axes], rounds)
     modules = np.full(classes.count, -1)
     for axis, offset in zip(axes, first, strict=True):
         inside = axis.ways[0] >= 0
@@ -214,7 +267,7 @@ def _plant(
     back = np.zeros(total, bool)
     codes = {value: np.zeros(mask.shape, np.uint64) for value, mask in analysis.state.keep.items()}
     lines: dict[tuple[ir.Value, tuple[int, ...], ir.Node], Line] = {}
-    for number in range(ROUNDS if axes else 0):
+    for number in range(rounds):
         start.restore(analysis)
         dead = (bits >> np.uint64(number)) & np.uint64(1) == 1
         _take_for_zero(analysis.state, classes, dead)
@@ -237,20 +290,28 @@ def _plant(
     return coupling, sorted({int(number) for number in numbers[back]})
 
 
-def _words(counts: list[int]) -> np.ndarray:
-    """Draw a code word for each module; in every round each axis keeps a module and loses about half."""
+def _words(counts: list[int], rounds: int) -> np.ndarray:
+    """Draw a code word for each module, all different; in every round each axis keeps a module and loses about half.
+
+    Args:
+        counts: how many modules each axis has.
+        rounds: bits of a word.
+    """
     generator = np.random.default_rng(0)
-    columns = []
-    for _ in range(ROUNDS):
-        column = []
-        for count in counts:
-            chosen = generator.permutation(count) < max(1, count // 2)
-            column.append(~chosen if count % 2 == 0 and generator.random() < 0.5 else chosen)
-        columns.append(np.concatenate(column) if column else np.zeros(0, bool))
-    words = np.zeros(sum(counts), np.uint64)
-    for number, went in enumerate(columns):
-        words |= went.astype(np.uint64) << np.uint64(number)
-    return words
+    total = sum(counts)
+    while True:
+        words = np.zeros(total, np.uint64)
+        for number in range(rounds):
+            gone = [_half(count, generator) for count in counts]
+            words |= np.concatenate(gone).astype(np.uint64) << np.uint64(number)
+        if rounds <= TRIALS or np.unique(words[words > 0]).size == total:
+            return words
+
+
+def _half(count: int, generator: np.random.Generator) -> np.ndarray:
+    """Choose half of an axis's modules, the smaller or the larger half where they are an odd number."""
+    size = count // 2 + (int(generator.integers(2)) if count % 2 and count > 1 else 0)
+    return np.asarray(generator.permutation(count) < size)
 
 
 def _take_for_zero(state: State, classes: Classes, dead: np.ndarray) -> None:

@@ -109,23 +109,26 @@ def _contraction(says: Contraction, codes: Mapping[ir.Value, np.ndarray]) -> Ite
     constant = node.inputs[weight.index]
     assert constant is not None
     made, read = says.words_out(codes), says.words_in(codes)
-    if made is not None:
-        if weight.transposed and groups > 1:
-            by_group = np.repeat(made.reshape(groups, 1, outputs), inputs, axis=1).reshape(-1, outputs)
-            yield Line(constant, (0, 1), by_group, "writer", node)
-        else:
-            yield Line(constant, (1 if weight.transposed else weight.out,), made, "writer", node)
-        bias = node.inputs[says.bias] if says.bias is not None and says.bias < len(node.inputs) else None
-        array = array_of(bias)
-        if bias is not None and array is not None and array.ndim and array.shape[-1] == made.size:
-            yield Line(bias, (array.ndim - 1,), made, "follower", node)
+    # a side that cannot go is a line too: the weight may serve elsewhere
+    made = np.zeros(groups * outputs, np.uint64) if made is None else made
+    if weight.transposed and groups > 1:
+        by_group = np.repeat(made.reshape(groups, 1, outputs), inputs, axis=1).reshape(-1, outputs)
+        yield Line(constant, (0, 1), by_group, "writer", node)
+    else:
+        yield Line(constant, (1 if weight.transposed else weight.out,), made, "writer", node)
+    bias = node.inputs[says.bias] if says.bias is not None and says.bias < len(node.inputs) else None
+    array = array_of(bias)
+    if bias is not None and array is not None and array.ndim and array.shape[-1] == made.size:
+        yield Line(bias, (array.ndim - 1,), made, "follower", node)
+    shape = constant.const_value.shape.numpy() if constant.const_value is not None else ()
+    contracted = 0 if weight.transposed else weight.contracted
     if read is None:
-        return
-    if groups == 1 or weight.transposed:
-        yield Line(constant, (0 if weight.transposed else weight.contracted,), read, "reader", node)
+        yield Line(constant, (contracted,), np.zeros(shape[contracted], np.uint64), "reader", node)
+    elif groups == 1 or weight.transposed:
+        yield Line(constant, (contracted,), read, "reader", node)
     else:
         by_group = np.repeat(read.reshape(groups, 1, -1), outputs, axis=1).reshape(groups * outputs, -1)
-        yield Line(constant, (weight.out, weight.contracted), by_group, "reader", node)
+        yield Line(constant, (weight.out, contracted), by_group, "reader", node)
 
 
 def _recurrent(says: Recurrent, codes: Mapping[ir.Value, np.ndarray]) -> Iterator[Line]:
@@ -143,5 +146,5 @@ def _recurrent(says: Recurrent, codes: Mapping[ir.Value, np.ndarray]) -> Iterato
     if bias is not None and is_parameter(bias):
         yield Line(bias, (0, 1), np.tile(gated, (1, 2)), "writer", node)
     read = says.words_in(codes)
-    if read is not None:
-        yield Line(weight, (2,), read, "reader", node)
+    inputs = 0 if weight.const_value is None else weight.const_value.shape.numpy()[2]
+    yield Line(weight, (2,), np.zeros(inputs, np.uint64) if read is None else read, "reader", node)

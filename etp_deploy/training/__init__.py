@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from etp_deploy.training.blueprint import Blueprint, Price
+from etp_deploy.training.controller import Controller, Update
+from etp_deploy.training.cost import Cost, LatencyCost, PlannedCost
 from etp_deploy.training.coupling import coupled_groups, removable_share
 from etp_deploy.training.forces import PAPER_STEEPNESS, REFERENCE_STEEPNESS, steepness_for
 from etp_deploy.training.modules import (
@@ -13,6 +15,7 @@ from etp_deploy.training.modules import (
     packed_heads,
     separate_heads,
 )
+from etp_deploy.training.recording import Recorder
 from etp_deploy.training.regularizer import REFERENCE_THRESHOLD, GroupStatistics, TorqueRegularizer
 from etp_deploy.training.regularizers import (
     METHODS,
@@ -20,6 +23,7 @@ from etp_deploy.training.regularizers import (
     SlimmingRegularizer,
     make,
 )
+from etp_deploy.training.schedule import Schedule
 
 __all__ = [
     "METHODS",
@@ -27,13 +31,20 @@ __all__ = [
     "REFERENCE_STEEPNESS",
     "REFERENCE_THRESHOLD",
     "Blueprint",
+    "Controller",
+    "Cost",
     "Group",
     "GroupStatistics",
     "GrowingRegularizer",
+    "LatencyCost",
     "Part",
+    "PlannedCost",
     "Price",
+    "Recorder",
+    "Schedule",
     "SlimmingRegularizer",
     "TorqueRegularizer",
+    "Update",
     "coupled_groups",
     "discover",
     "make",

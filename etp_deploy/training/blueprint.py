@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
@@ -29,14 +30,14 @@ from etp_deploy.tracing import EXPORTERS, evaluating, make_call, trace
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    import onnx_ir as ir
-
     from etp_deploy.surgery.analysis import Analysis
     from etp_deploy.surgery.lines import Line, Lines
 
 # 2 ** -31 as bits: numbers up to 2 ** 28 weights stay below 4
 _FIRST = 0x30000000
 _MOST = 1 << 28
+# no module's number
+_FAR = 1 << 40
 _OPSETS = {"dynamo": 20, "torchscript": 17}
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
@@ -52,6 +53,19 @@ class Price:
 
     parameters: int
     macs: int
+
+
+@dataclass
+class Member:
+    """One axis of a parameter, and which of its indices belong to which module.
+
+    Attributes:
+        index: the module of each index; -1 for none.
+        roles: what these weights do: "writer", "reader", "follower".
+    """
+
+    index: np.ndarray
+    roles: set[str]
 
 
 class _Affine(nn.Module):
@@ -124,8 +138,8 @@ class Blueprint:
         array = None if value.const_value is None else value.const_value.numpy()
         if array is None or array.dtype != np.float32:
             return None
-        ids = np.ascontiguousarray(array).view(np.int32).astype(np.int64) - _FIRST
-        ids = np.where((ids >= 0) & (ids < self.total), ids, -1)
+        bits = np.ascontiguousarray(array).view(np.int32)
+        ids = np.where((bits >= _FIRST) & (bits < _FIRST + self.total), bits - _FIRST, -1).astype(np.int32)
         return ids if (ids >= 0).any() else None
 
     def analysis(self, zero: np.ndarray | None = None) -> Analysis:
@@ -136,8 +150,6 @@ class Blueprint:
         """
         if zero is None:
             return read(self.graph)
-        import onnx_ir as ir  # noqa: PLC0415 - for this alone
-
         kept: dict[ir.Value, Any] = {}
         for value, ids in self._ids.items():
             gone = zero[ids] & (ids >= 0)
@@ -168,12 +180,22 @@ class Blueprint:
         lines: Lines = {}
         code_edits(analysis, 0, lines)
         codes = {value: (~mask).astype(np.uint64) for value, mask in analysis.state.keep.items()}
-        gone = np.zeros(self.total + 1, bool)
+        uses: dict[tuple[ir.Value, ir.Node], list[Line]] = {
+            (value, node): [] for value in self._ids for node, _ in value.uses()
+        }
         for line in (*lines.values(), *contraction_lines(analysis, codes)):
-            if line.value in self._ids:
-                ids, words = self._spread(line)
-                gone[ids[words != 0]] = True
-        return gone[:-1], analysis
+            if (line.value, line.node) in uses:
+                uses[line.value, line.node].append(line)
+        # a weight goes where no node keeps it; the last place takes entries that bear no number
+        seen, kept = np.zeros(self.total + 1, bool), np.zeros(self.total + 1, bool)
+        for (value, _), own in uses.items():
+            ids = self._ids[value].reshape(-1)
+            cut = np.zeros(ids.shape, bool)
+            for line in own:
+                cut |= self._spread(line)[1] != 0
+            seen[ids] = True
+            kept[ids[~cut]] = True
+        return (seen & ~kept)[:-1], analysis
 
     def price(self, zero: np.ndarray) -> Price:
         """Return what the network costs once the surgery has removed what zero weights make dead.
@@ -197,9 +219,7 @@ class Blueprint:
         words = np.broadcast_to(line.words.reshape(shape), ids.shape)
         return ids.reshape(-1), words.reshape(-1)
 
-    def decode(
-        self, lines: Sequence[Line], modules: Mapping[int, int]
-    ) -> dict[tuple[str, int, str], np.ndarray]:
+    def decode(self, lines: Sequence[Line], modules: Mapping[int, int]) -> dict[tuple[str, int], Member]:
         """Return which indices of the parameters' axes belong to which module.
 
         Args:
@@ -207,46 +227,44 @@ class Blueprint:
             modules: the module of each word.
 
         Returns:
-            For each parameter, axis and role the module of each index, -1 for none. An index has a module where
-            all of its weights do, wherever they are used.
+            A member for each parameter and axis that has any. An index has a module where all of its weights do,
+            wherever they are used.
         """
         blocked = self._blocked(lines)
-        found: dict[tuple[str, int, str], tuple[np.ndarray, np.ndarray]] = {}
+        found: dict[tuple[str, int], Member] = {}
         for line in lines:
-            if line.value not in self._ids:
+            if line.value not in self._ids or line.words.size == 1:  # one entry lies along every axis
                 continue
-            ids, words = self._spread(line)
-            distinct, places = np.unique(words, return_inverse=True)
-            module = np.array([modules.get(int(word), -1) for word in distinct])[places]
-            if not (module >= 0).any():
-                continue
+            # what goes with no module is an entry of its own, so that it is seen along which axis the line lies
+            flat = line.words.reshape(-1)
+            own = np.array([modules.get(int(w), -2 - place) for place, w in enumerate(flat)], np.int64)
+            ids, module = self._spread(replace(line, words=own.reshape(line.words.shape)))
             for name, inside in self._split(ids):
                 if name not in blocked:
                     self._note(found, name, line.role, ids[inside], module[inside])
-        result = {}
-        for key, (low, high) in found.items():
-            index = np.where(low == high, low, -1)
-            if (index >= 0).any():
-                result[key] = index
-        return result
+        for member in found.values():
+            member.index[member.index == _FAR] = -1
+        return {key: member for key, member in found.items() if (member.index >= 0).any()}
 
     def _note(
-        self,
-        found: dict[tuple[str, int, str], tuple[np.ndarray, np.ndarray]],
-        name: str,
-        role: str,
-        ids: np.ndarray,
-        module: np.ndarray,
+        self, found: dict[tuple[str, int], Member], name: str, role: str, ids: np.ndarray, module: np.ndarray
     ) -> None:
-        """Note the least and the largest module number at each index of a parameter's axes."""
+        """Note the modules along the axis of a parameter that a line lies along, if it does along one."""
         shape = self.shapes[name]
-        coordinates = np.unravel_index(ids - self.offsets[name], shape)
-        for axis, coordinate in enumerate(coordinates):
-            if (name, axis, role) not in found:
-                found[name, axis, role] = np.full(shape[axis], 1 << 40), np.full(shape[axis], -1)
-            low, high = found[name, axis, role]
+        for axis, coordinate in enumerate(np.unravel_index(ids - self.offsets[name], shape)):
+            low, high = np.full(shape[axis], _FAR), np.full(shape[axis], -_FAR)
             np.minimum.at(low, coordinate, module)
             np.maximum.at(high, coordinate, module)
+            covered = low < _FAR
+            if (low[covered] != high[covered]).any():
+                continue
+            index = np.where(covered, np.maximum(low, -1), _FAR)
+            member = found.setdefault((name, axis), Member(np.full(shape[axis], _FAR), set()))
+            both = covered & (member.index < _FAR)
+            index[both & (index != member.index)] = -1
+            member.index[covered] = index[covered]
+            if (index[covered] >= 0).any():
+                member.roles.add(role)
 
     def _split(self, ids: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
         """Yield each parameter that has entries among these, and where."""
@@ -282,8 +300,7 @@ def _share(says: object, analysis: Analysis) -> float:
 
 def _numbered(model: nn.Module) -> nn.Module:
     """Copy a network to the CPU, with numbers for weights and without statistics."""
-    memo: dict[int, Any] = {}
-    twin = copy.deepcopy(model, memo).cpu().float()
+    twin = copy.deepcopy(model).cpu().float()
     for module in list(twin.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, BATCH_NORMS):

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    Members = Mapping[tuple[str, int, str], np.ndarray]
+    from etp_deploy.training.blueprint import Member
+
+    Members = Mapping[tuple[str, int], Member]
 
 
 def coupled_groups(
@@ -63,6 +65,10 @@ def coupled_groups(
     )
 
 
+# how many of a group's writers, gains and readers are tried one by one
+_SINGLES = 8
+
+
 @dataclass(frozen=True)
 class _Draft:
     """A group in the making: its modules' numbers in the coupling, and its parts with their roles."""
@@ -70,7 +76,7 @@ class _Draft:
     kind: str
     modules: np.ndarray
     parts: tuple[Part, ...]
-    roles: tuple[str, ...]
+    roles: tuple[frozenset[str], ...]
 
 
 def _drafts(coupling: Coupling, members: Members) -> list[_Draft]:
@@ -78,7 +84,7 @@ def _drafts(coupling: Coupling, members: Members) -> list[_Draft]:
     keys = list(members)
     inside = np.zeros((len(coupling.words), len(keys)), bool)
     for place, key in enumerate(keys):
-        index = members[key]
+        index = members[key].index
         inside[index[index >= 0], place] = True
     drafts = []
     taken = np.zeros(len(coupling.words), bool)
@@ -93,13 +99,14 @@ def _drafts(coupling: Coupling, members: Members) -> list[_Draft]:
         local = np.full(len(coupling.words) + 1, -1)
         local[modules] = np.arange(modules.size)
         chosen = [key for place, key in enumerate(keys) if inside[module, place]]
-        parts = tuple(_part(key, local[members[key]]) for key in chosen)
-        drafts.append(_Draft(coupling.kinds[module], modules, parts, tuple(role for _, _, role in chosen)))
+        parts = tuple(_part(key, local[members[key].index]) for key in chosen)
+        roles = tuple(frozenset(members[key].roles) for key in chosen)
+        drafts.append(_Draft(coupling.kinds[module], modules, parts, roles))
     return drafts
 
 
-def _part(key: tuple[str, int, str], index: np.ndarray) -> Part:
-    name, axis, _ = key
+def _part(key: tuple[str, int], index: np.ndarray) -> Part:
+    name, axis = key
     if np.array_equal(index, np.arange(index.size)):
         return Part(name, axis, decisive=False)
     return Part(name, axis, decisive=False, index=tuple(index.tolist()))
@@ -109,9 +116,8 @@ def _names(drafts: Sequence[_Draft]) -> list[str]:
     """Name each group after the first weight that writes it."""
     names: list[str] = []
     for draft in drafts:
-        writers = [
-            part.parameter for part, role in zip(draft.parts, draft.roles, strict=True) if role == "writer"
-        ]
+        pairs = zip(draft.parts, draft.roles, strict=True)
+        writers = [part.parameter for part, roles in pairs if "writer" in roles]
         name = (writers or [draft.parts[0].parameter])[0].removesuffix(".weight")
         number = 2
         base = name
@@ -132,22 +138,33 @@ def _gains(model: nn.Module) -> set[str]:
 def _proven(
     blueprint: Blueprint, coupling: Coupling, drafts: Sequence[_Draft], gains: set[str]
 ) -> list[tuple[tuple[int, ...], ...]]:
-    """Return for each group which of its writers, readers and gains alone make a module dead, shown by planting."""
-    candidates: list[list[tuple[int, ...]]] = [[] for _ in drafts]
-    for role in ("writer", "reader", "gain"):
-        sets = [
+    """Return for each group which of its parts make a module dead when these alone are zero, shown by planting.
+
+    Tried are each writer, gain and reader by itself, and all of each together.
+    """
+    proven: list[list[tuple[int, ...]]] = [[] for _ in drafts]
+    for role in ("writer", "gain", "reader"):
+        together = [
             tuple(
                 place
                 for place, part in enumerate(draft.parts)
-                if (part.parameter in gains if role == "gain" else draft.roles[place] == role)
+                if (part.parameter in gains if role == "gain" else role in draft.roles[place])
             )
             for draft in drafts
         ]
-        dead = _planted(blueprint, coupling, drafts, sets)
-        for found, chosen, gone in zip(candidates, sets, dead, strict=True):
-            if chosen and gone:
-                found.append(chosen)
-    return [tuple(found) for found in candidates]
+        longest = max((len(chosen) for chosen in together), default=0)
+        tries = [[chosen[n : n + 1] for chosen in together] for n in range(min(longest, _SINGLES))]
+        for sets in [*tries, together]:
+            new = [
+                () if any(set(chosen) >= set(known) for known in found) else chosen
+                for chosen, found in zip(sets, proven, strict=True)
+            ]
+            for found, chosen, gone in zip(
+                proven, new, _planted(blueprint, coupling, drafts, new), strict=True
+            ):
+                if chosen and gone:
+                    found.append(chosen)
+    return [tuple(found) for found in proven]
 
 
 def _planted(
@@ -157,6 +174,8 @@ def _planted(
     sets: Sequence[tuple[int, ...]],
 ) -> list[bool]:
     """Zero some parts of every second module and say for each group whether these modules died."""
+    if not any(sets):
+        return [False] * len(sets)
     zero = np.zeros(blueprint.total, bool)
     for draft, chosen in zip(drafts, sets, strict=True):
         for place in chosen:

@@ -77,7 +77,9 @@ class Pull:
     def gradient(self, weight: Tensor, lines: Sequence[Tensor]) -> Tensor:
         """Return the gradient of one weight, given its coefficients along its lines."""
         factor = _sum(lines)
-        return (self._direction(weight).to(factor.dtype) * factor).to(weight.dtype)
+        if self._absolute:
+            return weight.sign().to(factor.dtype).mul_(factor).to(weight.dtype)
+        return (weight.to(factor.dtype) * factor).to(weight.dtype)
 
     def shrink(self, weights: Sequence[Tensor], rate: float) -> None:
         """Take one proximal step of a length, see `TorqueRegularizer.shrink`."""
@@ -93,7 +95,7 @@ class Pull:
         for weight, own in zip(weights, self.layout.spread(row, weights, rest=rest), strict=True):
             if self._absolute:
                 step = _sum(own).to(weight.dtype)
-                weight.copy_(weight.sign() * (weight.abs() - step).clamp_(min=0))
+                weight.sub_(torch.clamp(weight, -step, step))
                 continue
             factor = _product(own) if self.norm == "l2" else 1 / (1 + _sum(own))
             weight.mul_(factor.to(weight.dtype))

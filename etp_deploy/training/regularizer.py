@@ -315,6 +315,24 @@ class TorqueRegularizer:
         row[torch.tensor(chosen, dtype=torch.int64, device=device) + sum(self._layout.counts[:number])] = True
         self._zero(row)
 
+    def marks(self, modules: Tensor) -> dict[str, Tensor]:
+        """Return which weights belong to some modules, by parameter.
+
+        Args:
+            modules: for each module of all groups in a row, whether it counts.
+        """
+        weights = self._layout.weights(self.model)
+        row = modules.to(weights[0].device)
+        result = {}
+        for name, weight, lines in zip(
+            self._layout.names, weights, self._layout.spread(row, weights), strict=True
+        ):
+            marked = torch.zeros(weight.shape, dtype=torch.bool, device=weight.device)
+            for line in lines:
+                marked |= line
+            result[name] = marked
+        return result
+
     @torch.no_grad()
     def dead(self) -> dict[str, Tensor]:
         """Return for each group which modules are dead, shape (n,): a decisive part is exactly zero."""

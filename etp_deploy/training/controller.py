@@ -1,0 +1,277 @@
+"""Pruning to a wanted size or speed: adapts the force while training, lands on the target, then holds the dead."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from etp_deploy.errors import UsageError
+from etp_deploy.training.blueprint import Blueprint
+from etp_deploy.training.cost import Cost, LatencyCost, PlannedCost, parse_target
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import numpy as np
+    from torch import Tensor
+
+    from etp_deploy.training.recording import Recorder
+    from etp_deploy.training.regularizer import TorqueRegularizer
+    from etp_deploy.training.schedule import Schedule
+
+# beta changes by at most this factor at an update: what a change does shows some updates later
+_STRIDE = 1.5
+
+
+@dataclass(frozen=True)
+class Update:
+    """What an update found.
+
+    Attributes:
+        number: counted from 1.
+        ratio: the cost relative to the dense network; None where it was not asked for.
+        beta: strength of the force before the update.
+        dead: dead modules over all groups.
+        killed: how many of these were killed by score to land on the target.
+        done: whether the force has ended.
+    """
+
+    number: int
+    ratio: float | None
+    beta: float
+    dead: int
+    killed: int
+    done: bool
+
+
+class Controller:
+    """Reaches a wanted ratio of parameters, multiply-accumulates or measured latency.
+
+        controller = Controller(regularizer, "latency:0.5", updates=20, example_inputs=x)
+        for epoch in range(30):
+            for x, y in batches:
+                ...
+                optimizer.step()
+                controller.step(rate)
+            controller.update()
+
+    At each update the network is clipped, the dead are frozen, and the network is priced as if they were removed.
+    Beta grows or falls so that the cost follows `target ** (update / updates)`. Once the target is reached, or at
+    the last update, the force ends: what is then missing is made up for by killing the modules of the least
+    relative score, as few as reach the target, and every later step only holds the dead.
+
+    Args:
+        regularizer: the force; its beta is where the search starts.
+        target: "params:0.5", "macs:0.25" or "latency:0.5".
+        updates: by how many updates the target is to be reached.
+        example_inputs: as `etp_deploy.exporting.export` takes them, in place of a blueprint or a cost.
+        blueprint: of the network, for parameters and multiply-accumulates.
+        cost: another way to price, such as `LatencyCost` on another provider; whether it can reach the target is not
+            checked beforehand then.
+        schedule: of the force over the steps; full strength where None.
+        clip: whether what lies below the threshold goes at each "update" or at each "step".
+        every: price at every so many updates, and at the last.
+        gain: how strongly beta follows the distance from the wanted course.
+        proximal: whether `step` shrinks the weights; False where the loss holds `penalty()`, or the gradients get
+            theirs by `add_gradients()`.
+        recorder: told of each update.
+        exporter: "torchscript" or "dynamo".
+
+    Raises:
+        UsageError: an option cannot be meant, or the target is out of reach.
+        ExportError: the network cannot be exported.
+    """
+
+    def __init__(
+        self,
+        regularizer: TorqueRegularizer,
+        target: str,
+        *,
+        updates: int,
+        example_inputs: Any = None,
+        blueprint: Blueprint | None = None,
+        cost: Cost | None = None,
+        schedule: Schedule | None = None,
+        clip: Literal["update", "step"] = "update",
+        every: int = 1,
+        gain: float = 1.0,
+        proximal: bool = True,
+        recorder: Recorder | None = None,
+        exporter: str = "torchscript",
+    ) -> None:
+        kind, self.target = parse_target(target)
+        if updates < 1 or every < 1 or clip not in {"update", "step"}:
+            raise UsageError("updates and every are at least 1, clip is update or step", where="controller")
+        if cost is None and example_inputs is None and (blueprint is None or kind == "latency"):
+            raise UsageError("nothing to price the network with", where=target, hint="give example_inputs")
+        self.regularizer = regularizer
+        self.updates = updates
+        self.history: list[Update] = []
+        self.done = False
+        self.base = regularizer.beta
+        self._steps = 0
+        self._schedule = schedule
+        self._clip = clip
+        self._every = every
+        self._gain = gain
+        self._proximal = proximal
+        self._recorder = recorder
+        model = regularizer.model
+        if cost is None:
+            if kind == "latency":
+                cost = LatencyCost(model, example_inputs, exporter=exporter)
+            else:
+                blueprint = blueprint or Blueprint(model, example_inputs, exporter=exporter)
+                cost = PlannedCost(blueprint, "params" if kind == "params" else "macs")
+            self._cost: Cost = cost
+            self._check_reach(target)
+        self._cost = cost
+
+    def _check_reach(self, target: str) -> None:
+        """Refuse a target that is missed even with one module left in each group, before any training."""
+        least = [torch.arange(len(dead)) > 0 for dead in self.regularizer.dead().values()]
+        floor = self._cost.ratio(self.regularizer.model, self._zero(torch.cat(least)))
+        if floor > self.target:
+            hint = f"with one module left in each group the cost is {floor:.3f} of the dense network's"
+            raise UsageError("the target is out of reach of these groups", where=target, hint=hint)
+
+    def penalty(self) -> Tensor:
+        """Return the regulariser's penalty while there is force, zero after; for the loss, with `proximal=False`."""
+        self._set_beta()
+        if self.done:
+            return torch.zeros((), device=next(self.regularizer.model.parameters()).device)
+        return self.regularizer.penalty()
+
+    def add_gradients(self, scale: float = 1.0) -> None:
+        """Add the penalty's gradient while there is force, with `proximal=False`; see `TorqueRegularizer`."""
+        self._set_beta()
+        if not self.done:
+            self.regularizer.add_gradients(scale)
+
+    def _set_beta(self) -> None:
+        share = 1.0 if self._schedule is None else self._schedule.share(self._steps)
+        self.regularizer.beta = 0.0 if self.done else self.base * share
+
+    @torch.no_grad()
+    def step(self, rate: float) -> None:
+        """Shrink, clip where that was asked for, and hold the frozen; call it after each optimiser step.
+
+        Args:
+            rate: the optimiser's learning rate at this step.
+        """
+        self._set_beta()
+        if not self.done:
+            if self._proximal:
+                self.regularizer.shrink(rate)
+            if self._clip == "step":
+                self.regularizer.clip()
+        if self.history:
+            self.regularizer.hold()
+        self._steps += 1
+
+    @torch.no_grad()
+    def update(self) -> Update:
+        """Clip, freeze, price and adapt; call it after each epoch, or as often as `updates` counts."""
+        number, ratio, killed = len(self.history) + 1, None, 0
+        if not self.done:
+            self.regularizer.clip()
+            dead = self.regularizer.freeze()
+            last = number >= self.updates
+            if last or number % self._every == 0:
+                ratio = self._cost.ratio(self.regularizer.model, self._zero())
+                if ratio > self.target and last:
+                    killed, ratio = self._land(ratio)
+                    dead = self.regularizer.freeze()
+            found = Update(number, ratio, self.base, dead, killed, done=last or (ratio or 1.0) <= self.target)
+            self.done = found.done
+            if ratio is not None and not self.done:
+                self._adapt(number, ratio)
+            self.regularizer.advance()
+        else:
+            self.regularizer.hold()
+            found = Update(number, None, 0.0, self.history[-1].dead, 0, done=True)
+        self.history.append(found)
+        if self._recorder is not None:
+            self._recorder.record(number, self.regularizer)
+        self._set_beta()
+        return found
+
+    def _adapt(self, number: int, ratio: float) -> None:
+        """Move beta by how far the cost is from its course, in units of the whole way."""
+        whole = -math.log(self.target)
+        behind = (math.log(ratio) + whole * number / self.updates) / whole
+        self.base *= min(max(math.exp(self._gain * behind), 1 / _STRIDE), _STRIDE)
+
+    def _zero(self, killed: Tensor | None = None) -> np.ndarray:
+        """Return which weights are zero, some modules counted among them, in the order of `named_parameters`."""
+        marks = {} if killed is None else self.regularizer.marks(killed)
+        parts = []
+        for name, weight in self.regularizer.model.named_parameters():
+            zero = weight.detach() == 0
+            if name in marks:
+                zero = zero | marks[name]
+            parts.append(zero.reshape(-1).cpu())
+        return torch.cat(parts).numpy()
+
+    def _land(self, ratio: float) -> tuple[int, float]:
+        """Kill as few of the least modules as reach the target; return how many, and the cost.
+
+        In each group the best one stays: a tensor keeps at least one channel.
+        """
+        order = self._ranked()
+        low, high, best = 0, len(order), ratio
+        total = sum(len(dead) for dead in self.regularizer.dead().values())
+        while low < high:
+            middle = (low + high) // 2
+            killed = torch.zeros(total, dtype=torch.bool)
+            killed[order[: middle + 1]] = True
+            found = self._cost.ratio(self.regularizer.model, self._zero(killed))
+            if found <= self.target:
+                high, best = middle, found
+            else:
+                low = middle + 1
+        count = min(low + 1, len(order))
+        killed = torch.zeros(total, dtype=torch.bool)
+        killed[order[:count]] = True
+        start = 0
+        for name, dead in self.regularizer.dead().items():
+            self.regularizer.kill(name, torch.nonzero(killed[start : start + len(dead)]).reshape(-1).tolist())
+            start += len(dead)
+        if best > self.target:
+            best = self._cost.ratio(self.regularizer.model, self._zero())
+        return count, best
+
+    def _ranked(self) -> Tensor:
+        """Return the live modules that may be killed, least relative score first, by place in the row of all."""
+        scores, candidates, start = self.regularizer.relative_scores(), [], 0
+        for name, dead in self.regularizer.dead().items():
+            score = scores[name].cpu().double().masked_fill(dead.cpu(), math.inf)
+            live = torch.nonzero(~dead.cpu()).reshape(-1)
+            best = live[score[live].argmax()] if len(live) else None
+            candidates += [(float(score[i]), start + int(i)) for i in live if best is None or i != best]
+            start += len(dead)
+        return torch.tensor([place for _, place in sorted(candidates)], dtype=torch.int64)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what resuming needs beside the model and the optimiser; the regulariser's state is in it."""
+        return {
+            "regularizer": self.regularizer.state_dict(),
+            "history": list(self.history),
+            "done": self.done,
+            "base": self.base,
+            "steps": self._steps,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` returned.
+
+        Raises:
+            UsageError: the regulariser has other groups.
+        """
+        self.regularizer.load_state_dict(state["regularizer"])
+        self.history = list(state["history"])
+        self.done, self.base = bool(state["done"]), float(state["base"])
+        self._steps = int(state["steps"])
