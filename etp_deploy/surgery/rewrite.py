@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from etp_deploy.errors import PlanError
 from etp_deploy.surgery.boundaries import name_apart, release_bodies, remove_unused
+from etp_deploy.surgery.copies import join_copies
 from etp_deploy.surgery.fusions import put_together
 from etp_deploy.surgery.prepare import constant
 from etp_deploy.surgery.projections import close_projections
@@ -19,6 +20,7 @@ from etp_deploy.surgery.statements.base import (
     Edit,
     FreeShape,
     GatherInput,
+    PickInput,
     SetAttribute,
     SetInput,
     SetShape,
@@ -87,6 +89,8 @@ class Rewriter:
                 self._set_input(node, index, array)
             case SliceInput(index, takes):
                 self._slice_input(node, index, takes)
+            case PickInput(index, takes):
+                self._pick_input(node, index, takes)
             case GatherInput(index, split, indices, merged):
                 array = self._array(node, index).reshape(split)[indices].reshape(merged)
                 self._set_input(node, index, array)
@@ -177,6 +181,19 @@ class Rewriter:
             self._takes[old, lines] = self._taken(old, takes, name)
         node.replace_input_with(index, self._takes[old, lines])
 
+    def _pick_input(self, node: ir.Node, index: int, takes: tuple[tuple[int, np.ndarray], ...]) -> None:
+        """Gather from an initializer, which the runtime does once when it loads the model."""
+        value = node.inputs[index]
+        assert value is not None
+        for axis, line in takes:
+            places = self.shared(f"{value.name}_picked", line.astype(np.int64))
+            picked = ir.node("Gather", [value, places], {"axis": axis})
+            out = picked.outputs[0]
+            out.name, out.type = f"{value.name}_{axis}_for_{node.outputs[0].name}", value.type
+            graph_of(node).insert_before(node, picked)
+            value = out
+        node.replace_input_with(index, value)
+
     def _taken(self, old: ir.Value, takes: tuple[tuple[int, np.ndarray], ...], name: str) -> ir.Value:
         """Add an initializer that is cut when it is written, so that no two cuts are in memory at once."""
         source = old.const_value
@@ -198,7 +215,7 @@ class Rewriter:
             else self.shared(name, tensor.numpy())
         )
 
-    def _set_shape(self, node: ir.Node, index: int, sizes: tuple[tuple[Size, bool], ...]) -> None:
+    def _set_shape(self, node: ir.Node, index: int, sizes: tuple[tuple[Size, Size], ...]) -> None:
         target = node.inputs[index]
         assert target is not None
         literal = array_of(target)
@@ -211,16 +228,31 @@ class Rewriter:
                 "a target shape is computed in a way that cannot be changed", where=node.name or ""
             )
         parts = [
-            constant(self.graph, np.array([size.coefficient], np.int64), f"{target.name}_{position}")
-            if changed and size.static is not None
-            else part
-            for position, (part, (size, changed)) in enumerate(zip(concat.inputs, sizes, strict=True))
+            part if size == old else self._set_entry(node, part, size, old, f"{target.name}_{position}")
+            for position, (part, (size, old)) in enumerate(zip(concat.inputs, sizes, strict=True))
         ]
         fresh = ir.node("Concat", parts, {"axis": 0})
         fresh.outputs[0].name = f"{target.name}_{node.outputs[0].name}"
         fresh.outputs[0].type, fresh.outputs[0].shape = target.type, target.shape
         graph_of(node).insert_before(node, fresh)
         node.replace_input_with(index, fresh.outputs[0])
+
+    def _set_entry(
+        self, node: ir.Node, part: ir.Value | None, size: Size, old: Size, name: str
+    ) -> ir.Value | None:
+        """Return what stands for a size that changed: a number, or a computed one's share that stays."""
+        if size.static is not None:
+            return constant(self.graph, np.array([size.coefficient], np.int64), name)
+        if array_of(part) is not None:
+            return part  # -1 or 0, which the runtime works out
+        for operator, number in (("Div", old.coefficient), ("Mul", size.coefficient)):
+            operand = constant(self.graph, np.array([number], np.int64), f"{name}_{number}")
+            made = ir.node(operator, [part, operand])
+            part = made.outputs[0]
+            part.name = f"{name}_{node.outputs[0].name}_{operator}"
+            part.type, part.shape = ir.TensorType(ir.DataType.INT64), ir.Shape([1])
+            graph_of(node).insert_before(node, made)
+        return part
 
     def _set_slice(self, node: ir.Node, edit: SetSlice) -> None:
         starts, stops = self._array(node, 1).copy(), self._array(node, 2).copy()
@@ -305,11 +337,11 @@ def _attribute(name: str, value: float | tuple[int, ...]) -> ir.Attr:
     return ir.AttrInt64(name, value) if isinstance(value, int) else ir.AttrFloat32(name, value)
 
 
-def _new_literal(literal: np.ndarray, sizes: tuple[tuple[Size, bool], ...], node: ir.Node) -> np.ndarray:
+def _new_literal(literal: np.ndarray, sizes: tuple[tuple[Size, Size], ...], node: ir.Node) -> np.ndarray:
     """Return a constant target with the changed entries replaced."""
     values = [int(entry) for entry in literal]
-    for position, (size, changed) in enumerate(sizes):
-        if not changed or values[position] == -1:
+    for position, (size, old) in enumerate(sizes):
+        if size == old or values[position] == -1:
             continue
         if size.static is not None:
             values[position] = size.coefficient
@@ -330,6 +362,7 @@ def rewrite(model: ir.Model, edits: Sequence[tuple[ir.Node, tuple[Edit, ...]]]) 
     rewriter.apply(edits)
     close_projections(model.graph, rewriter.shared)
     put_together(model.graph)
+    join_copies(model.graph)
     for value in (value for node in model.graph.all_nodes() for value in node.outputs):
         if not value.is_graph_output():
             value.shape = None
