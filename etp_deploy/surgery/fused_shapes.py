@@ -1,4 +1,4 @@
-"""Shapes of operators that shape inference knows in part: normalisations, fused products, computed slices."""
+"""Shapes of operators that shape inference knows in part: norms, fused products, slices, copies."""
 
 from __future__ import annotations
 
@@ -49,6 +49,15 @@ def _entries(node: ir.Node, index: int) -> np.ndarray | None:
     return None if value is None or value.const_value is None else value.const_value.numpy()
 
 
+def _expand(context: ShapeInferenceContext, node: ir.Node) -> None:
+    """Nothing, where the data's shape is not known: a target of 1 is as large as the data is there."""
+    data = node.inputs[0]
+    if data is not None and data.shape is None:
+        context.set_shape_and_dtype(node.outputs[0], None, data.dtype)
+    else:
+        _EXPAND(context, node)
+
+
 # ONNX Runtime writes LayerNormalization into models of any opset
 registry.register("", "LayerNormalization", since_version=1)(_same_as_the_data)
 registry.register("", "GroupNormalization", since_version=18)(_same_as_the_data)
@@ -57,3 +66,5 @@ _PRODUCT = registry.get("com.microsoft", "FusedMatMul", 1)
 registry.register("com.microsoft", "FusedMatMul", since_version=1)(_product)
 _SLICE = registry.get("", "Slice", 10)
 registry.register("", "Slice", since_version=11)(_slice)
+_EXPAND = registry.get("", "Expand", 8)
+registry.register("", "Expand", since_version=9)(_expand)

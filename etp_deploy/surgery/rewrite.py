@@ -297,7 +297,10 @@ class Rewriter:
         out = node.outputs[0]
         dtype = np.dtype(np.float32) if out.dtype is None else out.dtype.numpy()
         if edit.offset is not None:  # added second, so inserted first
-            offset = constant(self.graph, edit.offset.astype(dtype), f"{out.name}_offset")
+            array = edit.offset.astype(dtype)
+            if (array == array.flat[0]).all():
+                array = array.reshape(-1)[:1].reshape((1,) * array.ndim)
+            offset = constant(self.graph, array, f"{out.name}_offset")
             self._insert_after(out, "Add", offset, "offset")
         if edit.scale != 1.0:
             scale = constant(self.graph, np.array(edit.scale, dtype), f"{out.name}_scale")
