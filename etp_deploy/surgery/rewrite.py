@@ -275,19 +275,13 @@ class Rewriter:
         """Add into the bias that follows (a Linear is MatMul and Add), or behind the node where there is none."""
         out = node.outputs[0]
         rank = len(out.shape or ())
-        users = list(out.uses())
-        if (
-            len(users) == 1
-            and not out.is_graph_output()
-            and users[0][0].op_type == "Add"
-            and edit.axis == rank - 1
-        ):
-            user, place = users[0]
-            other = array_of(user.inputs[1 - place])
-            if other is not None and other.ndim == 1 and other.shape == edit.vector.shape:
-                total = (other.astype(np.float64) + edit.vector.astype(np.float64)).astype(other.dtype)
-                self._set_input(user, 1 - place, total)
-                return
+        found = _bias_behind(out, edit.vector.shape) if edit.axis == rank - 1 else None
+        if found is not None:
+            user, place = found
+            other = self._array(user, place)
+            total = (other.astype(np.float64) + edit.vector.astype(np.float64)).astype(other.dtype)
+            self._set_input(user, place, total)
+            return
         shape = [1] * (rank - edit.axis)
         shape[0] = -1
         vector = self.shared(f"{out.name}_constant", edit.vector.reshape(shape))
@@ -326,6 +320,21 @@ class Rewriter:
         for place in places:
             graph.outputs[place] = fresh
         graph.insert_after(producer, added)
+
+
+def _bias_behind(value: ir.Value, shape: tuple[int, ...]) -> tuple[ir.Node, int] | None:
+    """Return the sum that takes a vector of constants, and where; other sums may lie between (a residual's)."""
+    while True:
+        users = list(value.uses())
+        if len(users) != 1 or value.is_graph_output():
+            return None
+        user, place = users[0]
+        if user.op_type != "Add" or user.domain != "":
+            return None
+        other = array_of(user.inputs[1 - place])
+        if other is not None and other.shape == shape:
+            return user, 1 - place
+        value = user.outputs[0]
 
 
 def graph_of(node: ir.Node) -> ir.Graph:
