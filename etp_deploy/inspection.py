@@ -10,19 +10,28 @@ import numpy as np
 
 from etp_deploy.errors import UsageError
 from etp_deploy.modelfile import read_model
+from etp_deploy.surgery.duplicates import merge_duplicates as merge
 from etp_deploy.surgery.plan import Layer, plan, reason
-from etp_deploy.surgery.policy import alignment_fill
+from etp_deploy.surgery.policy import HOST, Target, alignment, convolutions, multiple_fill, target_named
 from etp_deploy.surgery.prepare import prepare
+from etp_deploy.surgery.residuals import partial_residuals as read_partial
+from etp_deploy.surgery.residuals import shrink_branches
+from etp_deploy.surgery.rewrite import restore_interface, rewrite
 from etp_deploy.surgery.shapes import frame_dims, has_labels
-from etp_deploy.surgery.thresholds import with_zeros
+from etp_deploy.surgery.thresholds import newly_dead, with_zeros
+from etp_deploy.tuning import host_target
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import onnx_ir as ir
 
     from etp_deploy.surgery.analysis import Analysis
 
 # a chain of reasons longer than this says nothing more
 LONGEST_CHAIN = 40
+# thresholds whose effect is told
+TRIED_SHARES = (1e-6, 1e-4, 1e-2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,12 +43,21 @@ class Inspection:
         align: the alignment that was asked for.
         zero_below: the relative threshold that was used.
         layers: one row for each layer that could shrink.
+        target: the name of the target planned for.
+        by_align: how many channels, heads and neurons would go in all, by value of `--align`; empty where it makes
+            no difference.
+        nearly_dead: how many more output channels would count as dead, by value of `--zero-below`.
+        merged: how many channels another could stand for, being multiples of it.
     """
 
     source: str
     align: str | int
     zero_below: float
     layers: tuple[Layer, ...]
+    target: str
+    by_align: Mapping[str, int]
+    nearly_dead: Mapping[str, int]
+    merged: int
 
     def totals(self) -> dict[str, dict[str, int]]:
         """Return sums by kind: total, constant, unread, removable, kept although dead."""
@@ -61,7 +79,11 @@ class Inspection:
             "schema": "etp-deploy/inspect/1",
             "source": self.source,
             "align": self.align,
+            "target": self.target,
             "zero_below": self.zero_below,
+            "by_align": dict(self.by_align),
+            "nearly_dead": dict(self.nearly_dead),
+            "merged_duplicates": self.merged,
             "totals": self.totals(),
             "layers": [
                 {**dataclasses.asdict(row), "removable": row.removed, "kept_dead": row.kept_dead}
@@ -85,29 +107,92 @@ class Explanation:
         return {"schema": "etp-deploy/explain/1", **dataclasses.asdict(self)}
 
 
-def inspect(source: Path | str, *, align: str | int = "auto", zero_below: float = 0.0) -> Inspection:
+def inspect(
+    source: Path | str,
+    *,
+    align: str | int = "auto",
+    target: str = HOST,
+    zero_below: float = 0.0,
+    merge_duplicates: bool = False,
+    partial_residuals: str | bool = False,
+) -> Inspection:
     """Return what `compress` would remove, layer by layer.
 
     Args:
         source: the model.
-        align: as for `compress`.
+        align: as for `compress`, but that "auto" is the target's rule: nothing is measured.
+        target: as for `compress`.
         zero_below: as for `compress`.
+        merge_duplicates: as for `compress`.
+        partial_residuals: as for `compress`.
 
     Raises:
         ModelError: when the source cannot be read as a model.
         UsageError: when an option makes no sense.
     """
-    analysis_rows = _analyse(source, align, zero_below)[0]
-    return Inspection(str(source), align, zero_below, analysis_rows)
+    options = _Options(align, _planned(target), zero_below, merge_duplicates, partial_residuals)
+    found = _analyse(source, options)
+    others = {"off": 1, **{str(multiple): multiple for multiple in options.target.multiples if multiple > 1}}
+    by_align = {
+        name: sum(row.removed for row in plan(found.graph, multiple_fill(multiple))[0].layers)
+        for name, multiple in (others if convolutions(found.analysis) else {}).items()
+    }
+    shares = (share for share in TRIED_SHARES if share > zero_below)
+    return Inspection(
+        source=str(source),
+        align=align,
+        zero_below=zero_below,
+        layers=found.layers,
+        target=options.target.name,
+        by_align=by_align if len(set(by_align.values())) > 1 else {},
+        nearly_dead={f"{share:g}": newly_dead(found.model, share) for share in shares},
+        merged=found.merged,
+    )
 
 
-def _analyse(source: Path | str, align: str | int, zero_below: float) -> tuple[tuple[Layer, ...], Analysis]:
-    fill = alignment_fill(align)
+def _planned(target: str) -> Target:
+    return host_target() if target == HOST else target_named(target)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Options:
+    align: str | int
+    target: Target
+    zero_below: float
+    merge_duplicates: bool
+    partial_residuals: str | bool
+
+
+@dataclasses.dataclass(frozen=True)
+class _Found:
+    """What `compress` knows before it writes: of the model as it is read, and after the last removal."""
+
+    model: ir.Model
+    graph: ir.Graph
+    layers: tuple[Layer, ...]
+    analysis: Analysis
+    merged: int
+
+
+def _analyse(source: Path | str, options: _Options) -> _Found:
+    multiple = alignment(options.align, options.target)
+    partial = read_partial(options.partial_residuals, multiple)
     model = read_model(Path(source))
-    if zero_below:
-        model = with_zeros(model, zero_below)
-    removal, analysis = plan(prepare(model).graph, fill)
-    return removal.layers, analysis
+    if options.zero_below:
+        model = with_zeros(model, options.zero_below)
+    prepared = prepare(model)
+    merged = merge(prepared) if options.merge_duplicates else 0
+    fill = multiple_fill(multiple)
+    removal, analysis = plan(prepared.graph, fill)
+    graph = prepared.graph
+    if partial is not None:
+        rewrite(prepared, removal.edits)
+        restore_interface(prepared, model)
+        more = shrink_branches(prepared, removal.layers, partial, fill)
+        if more is not None:
+            _, removal, analysis = more
+            graph = analysis.graph
+    return _Found(model, graph, removal.layers, analysis, merged)
 
 
 def explain(
@@ -116,7 +201,10 @@ def explain(
     axis: int | None = None,
     *,
     align: str | int = "auto",
+    target: str = HOST,
     zero_below: float = 0.0,
+    merge_duplicates: bool = False,
+    partial_residuals: str | bool = False,
 ) -> Explanation:
     """Return the chain of reasons why indices along an axis of a tensor stay, node by node.
 
@@ -124,14 +212,18 @@ def explain(
         source: the model.
         tensor: the name of a tensor, in the main graph or in a body.
         axis: which axis; the first with channels by default.
-        align: as for `compress`.
+        align: as for `inspect`.
+        target: as for `compress`.
         zero_below: as for `compress`.
+        merge_duplicates: as for `compress`.
+        partial_residuals: as for `compress`; where branches shrink, the reasons are those of what is left then.
 
     Raises:
         ModelError: when the source cannot be read as a model.
         UsageError: when there is no such tensor or axis.
     """
-    _, analysis = _analyse(source, align, zero_below)
+    options = _Options(align, _planned(target), zero_below, merge_duplicates, partial_residuals)
+    analysis = _analyse(source, options).analysis
     value = _find(analysis, tensor, source)
     structure = analysis.state.structure(value)
     if structure is None:

@@ -10,17 +10,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from etp_deploy import __version__
-from etp_deploy.errors import UsageError, VerificationError
+from etp_deploy.errors import ModelError, UsageError, VerificationError
 from etp_deploy.files import check_output
 from etp_deploy.inputs import given_inputs, input_specs
 from etp_deploy.modelfile import keeps_weights_outside, move_model, read_model, write_model
 from etp_deploy.simplify import Simplifier
 from etp_deploy.sizes import ModelSizes, model_sizes
-from etp_deploy.surgery.plan import Layer, plan
-from etp_deploy.surgery.policy import alignment_fill
+from etp_deploy.surgery.duplicates import merge_duplicates as merge
+from etp_deploy.surgery.plan import Layer, RemovalPlan, plan
+from etp_deploy.surgery.policy import HOST, Target, alignment, multiple_fill, target_named
 from etp_deploy.surgery.prepare import prepare
+from etp_deploy.surgery.residuals import partial_residuals as read_partial
+from etp_deploy.surgery.residuals import shrink_branches
 from etp_deploy.surgery.rewrite import restore_interface, rewrite
 from etp_deploy.surgery.thresholds import newly_dead, with_zeros
+from etp_deploy.tuning import fastest, host_target, measured
 from etp_deploy.verification import Verification
 from etp_deploy.verification import verify as verify_models
 
@@ -30,10 +34,24 @@ if TYPE_CHECKING:
     import numpy as np
     import onnx_ir as ir
 
-    from etp_deploy.surgery.analysis import Fill
 
 # what the report tries when channels lie just below it
 HINT_THRESHOLD = 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class Alignment:
+    """Which alignment was used.
+
+    Attributes:
+        target: the name of the target planned for.
+        used: "off", or the number whose multiples channel counts are.
+        times: where it was measured: each candidate's time against that of the first.
+    """
+
+    target: str
+    used: str
+    times: Mapping[str, float] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +69,8 @@ class CompressionReport:
         zero_below: the relative threshold that was used.
         nearly_dead: how many more output channels a threshold of 1e-6 would make dead.
         simplified: whether onnxsim's result was kept.
+        alignment: which alignment was used, and why.
+        merged: how many channels another stands for, being multiples of it.
     """
 
     source: str
@@ -63,6 +83,8 @@ class CompressionReport:
     zero_below: float
     nearly_dead: int
     simplified: bool
+    alignment: Alignment
+    merged: int
 
     @property
     def removed(self) -> dict[str, int]:
@@ -97,6 +119,8 @@ class CompressionReport:
         document["seconds"] = self.seconds
         document["zero_below"] = {"used": self.zero_below, "at_1e-6_more_dead_channels": self.nearly_dead}
         document["simplified"] = self.simplified
+        document["alignment"] = dataclasses.asdict(self.alignment)
+        document["merged_duplicates"] = self.merged
         return document
 
 
@@ -105,7 +129,10 @@ def compress(
     destination: Path | str,
     *,
     align: str | int = "auto",
+    target: str = HOST,
     zero_below: float = 0.0,
+    merge_duplicates: bool = False,
+    partial_residuals: str | bool = False,
     verify: bool = True,
     simplify: bool = True,
     inputs: Mapping[str, np.ndarray] | None = None,
@@ -117,8 +144,13 @@ def compress(
         source: the model; it is never changed.
         destination: where the result appears, whole or not at all.
         align: "off" removes all that is dead; a number keeps channel counts of convolutions at its multiples;
-            "auto" does what ONNX Runtime's kernels want.
+            "auto" does what the target's kernels want.
+        target: what to plan for: a name in `surgery.policy.TARGETS`, or "host" for this machine, on which "auto"
+            measures what is fastest.
         zero_below: weights below this share of their layer's largest count as zero.
+        merge_duplicates: let one channel stand for all that are multiples of it.
+        partial_residuals: shrink branches that add nothing to some channels of their residual: "always", or True
+            where that pays.
         verify: compare original and result before anything is written.
         simplify: run onnxsim, and keep its result if it is no worse.
         inputs: an array for each input, to compare on instead of drawn ones.
@@ -137,7 +169,11 @@ def compress(
         )
     if inputs is not None and not verify:
         raise UsageError("nothing runs on the inputs", where="inputs", hint="verify, or leave them out")
-    fill = alignment_fill(align)
+    planned = host_target() if target == HOST else target_named(target)
+    multiple = alignment(align, planned)
+    read_partial(
+        partial_residuals, multiple
+    )  # an option that makes no sense is refused before anything is read
     job = _Job(progress)
     with job.stage("read"):
         original = read_model(source)
@@ -149,21 +185,28 @@ def compress(
         folder = stack.enter_context(
             tempfile.TemporaryDirectory(dir=destination.parent, prefix=f".{destination.name}.")
         )
-        candidate, reference = Path(folder) / "candidate.onnx", source
+        reference = source
         with job.stage("threshold"):
             nearly = newly_dead(original, HINT_THRESHOLD)
             model = with_zeros(original, zero_below) if zero_below else original
             if zero_below and verify:
                 reference = Path(folder) / "reference.onnx"
                 write_model(model, reference, external_data=keeps_weights_outside(original))
-        with job.stage("prepare"):
-            prepared = prepare(model)
-            before = model_sizes(original, source, prepared.graph)
-        result, rows = _shrink(prepared, model, job, fill)
-        metadata = {"etp_deploy.version": __version__, "etp_deploy.removed": _in_words(_removed(rows))}
-        with job.stage("write"):
-            outside = keeps_weights_outside(original)
-            write_model(result, candidate, metadata=metadata, external_data=outside)
+        shrinking = _Shrinking(
+            model,
+            Path(folder),
+            job,
+            merge_duplicates=merge_duplicates,
+            partial_residuals=partial_residuals,
+            outside=keeps_weights_outside(original),
+        )
+        prepared = shrinking.prepared()
+        before = model_sizes(original, source, prepared.graph)
+        if align == "auto" and target == HOST:
+            candidate, rows, chosen = _tuned(shrinking, prepared, planned, inputs)
+        else:
+            candidate, rows = shrinking.written(prepared, shrinking.planned(prepared, multiple), multiple)
+            chosen = Alignment(planned.name, _multiple_name(multiple))
         kept_simpler = False
         if simplifier is not None:
             with job.stage("simplify"):
@@ -186,21 +229,101 @@ def compress(
         zero_below=zero_below,
         nearly_dead=nearly,
         simplified=kept_simpler,
+        alignment=chosen,
+        merged=shrinking.merged,
     )
 
 
-def _shrink(
-    prepared: ir.Model, model: ir.Model, job: _Job, fill: Fill | None
-) -> tuple[ir.Model, tuple[Layer, ...]]:
-    """Plan and rewrite; return the model itself where nothing can go."""
-    with job.stage("plan"):
-        removal, _ = plan(prepared.graph, fill)
-    if not removal.edits:
-        return model, removal.layers
-    with job.stage("rewrite"):
-        rewrite(prepared, removal.edits)
-        restore_interface(prepared, model)
-    return prepared, removal.layers
+class _Shrinking:
+    """Writes what is left of one model under different alignments, each into a file of its own."""
+
+    def __init__(
+        self,
+        model: ir.Model,
+        folder: Path,
+        job: _Job,
+        *,
+        merge_duplicates: bool,
+        partial_residuals: str | bool,
+        outside: bool,
+    ) -> None:
+        self.model, self.folder, self.job, self.outside = model, folder, job, outside
+        self.merge_duplicates, self.partial_residuals = merge_duplicates, partial_residuals
+        self.merged = 0
+
+    def prepared(self) -> ir.Model:
+        """Return the model in the form that is planned on and rewritten."""
+        with self.job.stage("prepare"):
+            prepared = prepare(self.model)
+        if self.merge_duplicates:
+            with self.job.stage("merge"):
+                self.merged = merge(prepared)
+        return prepared
+
+    def planned(self, prepared: ir.Model, multiple: int) -> RemovalPlan:
+        """Return what goes under an alignment."""
+        with self.job.stage("plan"):
+            return plan(prepared.graph, multiple_fill(multiple))[0]
+
+    def written(
+        self, prepared: ir.Model, removal: RemovalPlan, multiple: int
+    ) -> tuple[Path, tuple[Layer, ...]]:
+        """Rewrite a prepared model, which is used up, and write it; the model itself where nothing can go."""
+        result = self.model
+        if removal.edits:
+            with self.job.stage("rewrite"):
+                rewrite(prepared, removal.edits)
+                restore_interface(prepared, self.model)
+            result = prepared
+        partial = read_partial(self.partial_residuals, multiple)
+        if partial is not None:
+            with self.job.stage("residuals"):
+                more = shrink_branches(result, removal.layers, partial, multiple_fill(multiple))
+                if more is not None:
+                    result, removal, _ = more
+                    rewrite(result, removal.edits)
+                    restore_interface(result, self.model)
+        path = self.folder / f"candidate{multiple}.onnx"
+        removed = _in_words(_removed(removal.layers))
+        metadata = {"etp_deploy.version": __version__, "etp_deploy.removed": removed}
+        with self.job.stage("write"):
+            write_model(result, path, metadata=metadata, external_data=self.outside)
+        return path, removal.layers
+
+
+def _tuned(
+    shrinking: _Shrinking, prepared: ir.Model, target: Target, inputs: Mapping[str, np.ndarray] | None
+) -> tuple[Path, tuple[Layer, ...], Alignment]:
+    """Write a candidate for each multiple that makes a difference, and choose the fastest on this machine."""
+    made: dict[int, tuple[Path, tuple[Layer, ...]]] = {}
+    for multiple in target.multiples:
+        fresh = shrinking.prepared() if made else prepared
+        removal = shrinking.planned(fresh, multiple)
+        if any(_counts(removal.layers) == _counts(rows) for _, rows in made.values()):
+            continue
+        made[multiple] = shrinking.written(fresh, removal, multiple)
+        if not any(row.kind == "channels" and row.removed for row in removal.layers):
+            break  # nothing that alignment is for
+    multiples = list(made)
+    if len(made) == 1:
+        return *made[multiples[0]], Alignment(target.name, _multiple_name(multiples[0]))
+    with shrinking.job.stage("tune"):
+        try:
+            ratios = measured([path for path, _ in made.values()], inputs)
+        except ModelError:  # it does not run on drawn inputs; verification will say so
+            chosen = target.rule if target.rule in made else multiples[0]
+            return *made[chosen], Alignment(target.name, _multiple_name(chosen))
+    chosen = multiples[fastest(ratios)]
+    times = {_multiple_name(item): ratio for item, ratio in zip(multiples, ratios, strict=True)}
+    return *made[chosen], Alignment(target.name, _multiple_name(chosen), times)
+
+
+def _counts(rows: tuple[Layer, ...]) -> list[int]:
+    return [row.kept for row in rows]
+
+
+def _multiple_name(multiple: int) -> str:
+    return "off" if multiple == 1 else str(multiple)
 
 
 def _verified(

@@ -53,14 +53,27 @@ def removed_line(document: Mapping[str, Any]) -> str:
         total = sum(row["total"] for row in document["layers"] if row["kind"] == kind)
         if total:
             parts.append(f"{document['removed'][kind]:,} of {total:,} {kind}")
-    return (
-        "removed " + ", ".join(parts) if parts else "nothing could be removed: no layer has channels to lose"
-    )
+    if not parts:
+        return "nothing could be removed: no layer has channels to lose"
+    merged = document["merged_duplicates"]
+    multiples = f"; merged as multiples of others: {merged:,}" if merged else ""
+    return "removed " + ", ".join(parts) + multiples
 
 
 def kept_dead_rows(document: Mapping[str, Any]) -> list[tuple[str, int, str]]:
     """Return tensor, count and reason of what is dead and stays."""
     return [(entry["tensor"], entry["count"], entry["reason"]) for entry in document["kept_dead"]]
+
+
+def alignment_line(document: Mapping[str, Any]) -> str:
+    """Say which alignment was used, for what, and what was measured."""
+    found = document["alignment"]
+    used = "no alignment" if found["used"] == "off" else f"channel counts at multiples of {found['used']}"
+    line = f"{used}, for {found['target']}"
+    if found["times"]:
+        times = ", ".join(f"{name} {time:.2f}" for name, time in found["times"].items())
+        line += f"; measured here, time against exact counts: {times}"
+    return line
 
 
 def verification_line(found: Mapping[str, Any] | None) -> str:

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 
 from etp_deploy.surgery.plan import plan
-from etp_deploy.surgery.policy import alignment_fill
+from etp_deploy.surgery.policy import TARGETS, alignment, multiple_fill
 from etp_deploy.surgery.prepare import prepare
 from etp_deploy.surgery.rewrite import restore_interface, rewrite
 
@@ -136,7 +136,7 @@ def shrunk(model: onnx.ModelProto, align: str | int = "off") -> onnx.ModelProto:
     """Prepare, plan and rewrite in this process: what `compress` does before it simplifies and verifies."""
     original = ir.from_proto(model)
     prepared = prepare(original)
-    removal, _ = plan(prepared.graph, alignment_fill(align))
+    removal, _ = plan(prepared.graph, multiple_fill(alignment(align, TARGETS["cpu-avx512"])))
     if not removal.edits:
         return model
     rewrite(prepared, removal.edits)

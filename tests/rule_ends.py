@@ -115,7 +115,7 @@ def labelling(operands: Sequence[Operand], mode: str, rng: np.random.Generator) 
 
     return [
         plain(operand.shape)
-        if operand.role == "indices"
+        if operand.role == "indices" and not operand.copied
         else tuple(axis_of(operand, axis) for axis in range(len(operand.shape)))
         for operand in operands
     ]

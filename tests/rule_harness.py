@@ -17,7 +17,17 @@ import onnx
 import onnx_ir as ir
 from graphs import difference, run
 from onnx import helper, numpy_helper
-from rule_ends import MODES, ORDERS, Sink, Source, factor_sizes, kept_slice, planted_weight, tensors
+from rule_ends import (
+    FIRST_DYNAMIC,
+    MODES,
+    ORDERS,
+    Sink,
+    Source,
+    factor_sizes,
+    kept_slice,
+    planted_weight,
+    tensors,
+)
 
 from etp_deploy.errors import PlanError
 from etp_deploy.surgery.analysis import Analysis, read, solve
@@ -112,9 +122,26 @@ class Trial:
         model = ir.from_proto(self._model([*sources, self.node, sink], [], [], self.weights))
         open_bodies(model)
         known = {value.name: value for value in (*inferred.graph.inputs, *inferred.graph.outputs)}
+        if self.seed < FIRST_DYNAMIC:
+            self._declare([known[name] for name in self.outputs if known[name].shape is None])
         for value in (value for node in model.graph for value in node.outputs):
             value.shape, value.type = known[value.name].shape, known[value.name].type
         return model
+
+    def _declare(self, outputs: Sequence[ir.Value]) -> None:
+        """Give outputs that inference knows nothing of the shapes that a file may declare for them."""
+        feeds = self.feeds(0)
+        proto = self.original({name: array.shape for name, array in feeds.items()})
+        try:
+            shapes = (
+                {name: a.shape for name, a in zip(self.outputs, run(proto, feeds), strict=True)}
+                if outputs
+                else {}
+            )
+        except Exception:  # noqa: BLE001 - the runtime raises classes of its own
+            return
+        for value in outputs:
+            value.shape = ir.Shape(shapes.get(str(value.name), ()))
 
     def ends(self) -> dict[tuple[str, str], Callable[[ir.Node], Statement]]:
         """Return the rules of both ends."""

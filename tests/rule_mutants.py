@@ -29,6 +29,7 @@ CONSTANTS = ("evaluate", "pass", "zero", "none")
 WORDS = ("whole",)
 _UNIT = "constants are evaluated at one place of the axis, for which the runtime refuses a scale of more"
 _MORE = "true, and more than the rule says, which mistrusts the rounding of a mean divided by almost nothing"
+_PINNED = "no valid node has other ranks, and shapes that are not known are pinned anyhow"
 _BODIES = "branches of an example read nothing that could be cut: test_surgery_bodies.py shows those that do"
 _LEFT_OUT = "no valid node leaves out a state"
 _SAME = "the operator itself, run on the constants, gives them back"
@@ -56,12 +57,12 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ): "with a batch axis more, the ranks inside and outside differ, so that nothing is tied",
     ("elementwise", "identity", "without constants='pass' in Pointwise"): _SAME,
     ("elementwise", "identity", "'evaluate' for 'pass' in 'pass' in Pointwise"): _SAME,
-    ("movement", "concat", "without how='concat' in Select"): "the default",
+    ("integers", "qgemm", "without _matrix(node, 3)"): _PINNED,
     (
         "movement",
-        "concat",
-        "'concat_' for 'concat' in 'concat' in Select",
-    ): "the rewrite has nothing to change",
+        "_alike",
+        "without if len({len(shape) for shape in shapes}) != 1 or len(shapes) != len(values):",
+    ): _PINNED,
     ("movement", "slice_", "without constants='pass' in Pointwise"): _SAME,
     ("movement", "slice_", "'evaluate' for 'pass' in 'pass' in Pointwise"): _SAME,
     ("movement", "slice_", "without if 'starts' in node.attributes:"): "refused for its missing input",
@@ -72,9 +73,9 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ): "inference knows no shape there",
     ("normalization", "layer_normalization", "without constants='none' in Pointwise"): _UNIT,
     ("normalization", "layer_normalization", "'evaluate' for 'none' in 'none' in Pointwise"): _UNIT,
-    ("normalization", "instance_normalization", "without constants='none' in Pointwise"): _MORE,
-    ("normalization", "instance_normalization", "'evaluate' for 'none' in 'none' in Pointwise"): _MORE,
-    ("normalization", "instance_normalization", "'zero' for 'none' in 'none' in Pointwise"): _MORE,
+    ("normalization", "rms_normalization", "without constants='none' in Pointwise"): _UNIT,
+    ("normalization", "rms_normalization", "'evaluate' for 'none' in 'none' in Pointwise"): _UNIT,
+    ("normalization", "rms_normalization", "'zero' for 'none' in 'none' in Pointwise"): _MORE,
 }
 
 _ORIGINALS = dict(registry._RULES)

@@ -28,8 +28,9 @@ STAGES = (
         "sessions",
     ),
     ("surgery",),
-    ("sizes", "onnxsim_child", "simplify", "trials", "verification", "inspection"),
-    ("pipeline", "bundling", "exporting", "factories", "tracing", "training", "bench"),
+    ("sizes", "onnxsim_child", "simplify", "trials", "verification"),
+    ("tuning", "bench", "inspection"),
+    ("pipeline", "bundling", "exporting", "factories", "tracing", "training"),
     ("reports",),
     ("demo", "cli"),
 )

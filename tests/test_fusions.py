@@ -18,7 +18,7 @@ from test_surgery_regressions import Net, gained
 from etp_deploy.sizes import count_macs
 from etp_deploy.surgery import fusions
 from etp_deploy.surgery.fusions import put_together, take_apart
-from etp_deploy.surgery.prepare import constant
+from etp_deploy.surgery.resolve import constant
 
 
 def operators(model):

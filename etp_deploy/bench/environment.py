@@ -40,7 +40,7 @@ def describe() -> dict[str, Any]:
     memory = psutil.virtual_memory()
     return {
         "cpu": _cpu_model(),
-        "flags": _cpu_flags(),
+        "flags": cpu_flags(),
         "cores": {"physical": psutil.cpu_count(logical=False), "usable": usable_cores()},
         "quota": cpu_quota(),
         "governor": governor(),
@@ -151,7 +151,8 @@ def _cpu_model() -> str:
     return found.group(1).strip() if found else platform.processor() or platform.machine()
 
 
-def _cpu_flags() -> list[str]:
+def cpu_flags() -> list[str]:
+    """Return those of the processor's features that matter here."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:

@@ -6,7 +6,16 @@ from typing import TYPE_CHECKING
 
 import click
 
-from etp_deploy.cli.options import PATH, align, as_json, inputs, zero_below
+from etp_deploy.cli.options import (
+    PATH,
+    align,
+    as_json,
+    inputs,
+    merge_duplicates,
+    partial_residuals,
+    target,
+    zero_below,
+)
 from etp_deploy.cli.sources import check_model, read_inputs
 from etp_deploy.cli.terminal import emit, quiet_stdout, show, stages
 from etp_deploy.errors import UsageError
@@ -19,7 +28,10 @@ if TYPE_CHECKING:
 @click.argument("source", type=PATH, metavar="IN.onnx")
 @click.option("-o", "--output", type=PATH, required=True, metavar="OUT.onnx", help="The file to write.")
 @align
+@target
 @zero_below
+@merge_duplicates
+@partial_residuals
 @inputs("npz, json or a folder of images to verify on, a batch's samples also alone; drawn by default.")
 @click.option("--no-verify", is_flag=True, help="Write the result without comparing it with the original.")
 @click.option("--no-simplify", is_flag=True, help="Leave onnxsim out.")
@@ -30,7 +42,10 @@ def compress(
     source: Path,
     output: Path,
     align: str | int,
+    target: str,
     zero_below: float,
+    merge_duplicates: bool,
+    partial_residuals: str,
     inputs: Path | None,
     no_verify: bool,
     no_simplify: bool,
@@ -60,7 +75,10 @@ def compress(
             source,
             output,
             align=align,
+            target=target,
             zero_below=zero_below,
+            merge_duplicates=merge_duplicates,
+            partial_residuals=partial_residuals,
             verify=not no_verify,
             simplify=not no_simplify,
             inputs=arrays,

@@ -73,7 +73,18 @@ def align(command: Callable[..., Any]) -> Callable[..., Any]:
         default="auto",
         show_default=True,
         help="off: remove all that is dead; N: keep convolutions' channel counts at multiples of N; "
-        "auto: what ONNX Runtime's kernels are fast at.",
+        "auto: what the target's kernels are fast at; for the host that is measured.",
+    )(command)
+
+
+def target(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add `--target`."""
+    return click.option(
+        "--target",
+        type=click.Choice(("host", "cpu-avx2", "cpu-avx512", "arm64", "cuda", "none")),
+        default="host",
+        show_default=True,
+        help="What --align auto plans for: this machine, or another by rule.",
     )(command)
 
 
@@ -86,6 +97,24 @@ def zero_below(command: Callable[..., Any]) -> Callable[..., Any]:
         default="0",
         show_default="exact zeros only",
         help="Take weights below R times their layer's largest for zero.",
+    )(command)
+
+
+def merge_duplicates(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add `--merge-duplicates`."""
+    text = "Let one channel stand for all that are multiples of it."
+    return click.option("--merge-duplicates", is_flag=True, help=text)(command)
+
+
+def partial_residuals(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add `--partial-residuals`."""
+    return click.option(
+        "--partial-residuals",
+        type=click.Choice(["off", "auto", "always"]),
+        default="off",
+        show_default=True,
+        help="Shrink branches that add nothing to some channels of their residual, and pad what they add; "
+        "auto: where that was measured to pay.",
     )(command)
 
 

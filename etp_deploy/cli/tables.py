@@ -10,6 +10,7 @@ from rich.text import Text
 
 from etp_deploy.demo.report import COLUMNS, demo_rows
 from etp_deploy.reports import (
+    alignment_line,
     kept_dead_rows,
     removed_line,
     size_rows,
@@ -45,6 +46,7 @@ def compression(document: Mapping[str, Any]) -> Iterator[RenderableType]:
         yield kept
     found = document["verification"]
     yield Text(verification_line(found), style="yellow" if found is None else "green")
+    yield Text(alignment_line(document), style="dim")
     hint = threshold_hint(document)
     if hint:
         yield Text(f"hint: {hint}", style="yellow")
@@ -87,6 +89,17 @@ def inspection(document: Mapping[str, Any], *, everything: bool) -> Iterator[Ren
         yield Text(f"{kind}: {dead:,} of {sums['total']:,} dead, {sums['removable']:,} removable")
     if not rows:
         yield Text("no layer of this model could lose channels")
+    if document["by_align"]:
+        yield Text(
+            f"removable in all by --align ({document['target']}): {_pairs(document['by_align'])}", style="dim"
+        )
+    more = {share: count for share, count in document["nearly_dead"].items() if count}
+    if more:
+        yield Text(f"more output channels that --zero-below would take for dead: {_pairs(more)}", style="dim")
+
+
+def _pairs(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name}: {count:,}" for name, count in counts.items())
 
 
 def demonstration(document: Mapping[str, Any]) -> Iterator[RenderableType]:

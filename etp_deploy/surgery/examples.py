@@ -21,6 +21,7 @@ class Operand:
         dtype: its numpy data type.
         array: a literal's entries.
         below: what indices are drawn below.
+        copied: whether indices are copied for each channel, so that their channels go where the data's go.
     """
 
     role: Literal["computed", "weight", "indices", "literal"]
@@ -28,6 +29,7 @@ class Operand:
     dtype: str = "float32"
     array: tuple[Any, ...] = ()
     below: int = 0
+    copied: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,9 +64,9 @@ def weight(*shape: int, dtype: str = "float32") -> Operand:
     return Operand("weight", shape, dtype)
 
 
-def indices(*shape: int, below: int, dtype: str = "int64") -> Operand:
-    """Return a computed tensor of integers from 0 up to a bound."""
-    return Operand("indices", shape, dtype, below=below)
+def indices(*shape: int, below: int, dtype: str = "int64", copied: bool = False) -> Operand:
+    """Return a computed tensor of integers from 0 up to a bound; on request with channels that can be removed."""
+    return Operand("indices", shape, dtype, below=below, copied=copied)
 
 
 def literal(array: Any, dtype: str = "int64") -> Operand:

@@ -17,6 +17,7 @@ from etp_deploy.surgery.statements.contraction import Contraction
 from etp_deploy.surgery.statements.moves import Reshape
 from etp_deploy.surgery.statements.pointwise import Pointwise
 from etp_deploy.surgery.statements.product import Product
+from etp_deploy.surgery.statements.stacked import Stacked
 from etp_deploy.surgery.stored import is_weight_type, stored
 
 if TYPE_CHECKING:
@@ -179,24 +180,31 @@ def layers(analysis: Analysis) -> list[Layer]:
             structure = analysis.state.structure(says.out)
             if structure is not None and single_label(structure[says.out_axis]):
                 dim = frame_dims(structure, says.out_axis)[0]
-                rows.append(_layer(analysis, says, dim, _kind(analysis, says), spare))
+                rows.append(_layer(analysis, says, (dim,), _kind(analysis, says), spare))
+        elif isinstance(says, Stacked) and says.active:
+            # channels of a stack's matrices are counted one by one, wherever they stand
+            rows.append(_layer(analysis, says, says.made, "neurons", spare))
         elif isinstance(says, Pointwise) and says.node.op_type == "Softmax":
             heads = [dim for dim, extent in enumerate(analysis.state.mask(says.out).shape) if extent > 1]
             if len(heads) == 1:
-                rows.append(_layer(analysis, says, heads[0], "heads", spare))
+                rows.append(_layer(analysis, says, tuple(heads), "heads", spare))
     return rows
 
 
 def _layer(
-    analysis: Analysis, says: Contraction | Pointwise, dim: int, kind: str, spare: np.ndarray
+    analysis: Analysis,
+    says: Contraction | Pointwise | Stacked,
+    dims: tuple[int, ...],
+    kind: str,
+    spare: np.ndarray,
 ) -> Layer:
     state = analysis.state
     mask = state.mask(says.out)
-    others = tuple(other for other in range(mask.ndim) if other != dim)
-    kept = mask.any(axis=others)
-    constant = final_constant(analysis, says.out, dim)
+    others = tuple(other for other in range(mask.ndim) if other not in dims)
+    kept = mask.any(axis=others).reshape(-1)
+    constant = final_constant(analysis, says.out, dims)
     # what was kept first for a reason other than liveness is dead although it stays
-    why = state.why[says.out].max(axis=others)
+    why = state.why[says.out].max(axis=others).reshape(-1)
     refilled = kept & spare[why] & ~constant
     dead_kept = kept & (constant | refilled)
     reasons: dict[str, int] = {}
@@ -215,14 +223,15 @@ def _layer(
     )
 
 
-def final_constant(analysis: Analysis, value: ir.Value, dim: int) -> np.ndarray:
-    """Return which indices along a frame dimension hold a known constant."""
+def final_constant(analysis: Analysis, value: ir.Value, dims: tuple[int, ...]) -> np.ndarray:
+    """Return which indices along dimensions of the frame hold a known constant."""
     mask = analysis.state.mask(value)
     state = analysis.state
     constant = (state.constants if state.proved is None else state.proved).get(value)
     if constant is None:
-        return np.zeros(mask.shape[dim], bool)
-    return np.asarray(constant.known.all(axis=tuple(other for other in range(mask.ndim) if other != dim)))
+        return np.zeros(int(np.prod([mask.shape[dim] for dim in dims])), bool)
+    others = tuple(other for other in range(mask.ndim) if other not in dims)
+    return np.asarray(constant.known.all(axis=others)).reshape(-1)
 
 
 def root_cause(analysis: Analysis, index: int) -> int:

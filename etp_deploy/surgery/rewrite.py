@@ -12,11 +12,12 @@ from etp_deploy.errors import PlanError
 from etp_deploy.surgery.boundaries import name_apart, release_bodies, remove_unused
 from etp_deploy.surgery.copies import join_copies
 from etp_deploy.surgery.fusions import put_together
-from etp_deploy.surgery.prepare import constant
 from etp_deploy.surgery.projections import close_projections
+from etp_deploy.surgery.resolve import constant
 from etp_deploy.surgery.statements.base import (
     AddVector,
     Affine,
+    Bypass,
     Edit,
     FreeShape,
     GatherInput,
@@ -58,7 +59,7 @@ class Rewriter:
         """Apply all edits; vectors to add come last, since they may join an initializer that was cut."""
         for node, changes in edits:
             for change in changes:
-                if not isinstance(change, AddVector | Affine | FreeShape):
+                if not isinstance(change, AddVector | Affine | FreeShape | Bypass):
                     self._apply(node, change)
         for node, changes in edits:
             for change in changes:
@@ -66,7 +67,16 @@ class Rewriter:
                     self._add_vector(node, change)
                 elif isinstance(change, Affine):
                     self._affine(node, change)
+        for node, changes in edits:
+            if Bypass() in changes:
+                self._leave_out(node)
         self._free_shapes(edits)
+
+    def _leave_out(self, node: ir.Node) -> None:
+        source, out = node.inputs[0], node.outputs[0]
+        if source is not None and not out.is_graph_output():
+            out.replace_all_uses_with(source)
+            graph_of(node).remove(node, safe=True)
 
     def _free_shapes(self, edits: Sequence[tuple[ir.Node, tuple[Edit, ...]]]) -> None:
         """Forget what bodies declare and is no longer so; last, since what is added asks for ranks."""
@@ -290,6 +300,8 @@ class Rewriter:
     def _affine(self, node: ir.Node, edit: Affine) -> None:
         out = node.outputs[0]
         dtype = np.dtype(np.float32) if out.dtype is None else out.dtype.numpy()
+        if edit.offset is not None and edit.scale == 1.0 and self._joined(out, edit.offset):
+            return
         if edit.offset is not None:  # added second, so inserted first
             array = edit.offset.astype(dtype)
             if (array == array.flat[0]).all():
@@ -299,6 +311,19 @@ class Rewriter:
         if edit.scale != 1.0:
             scale = constant(self.graph, np.array(edit.scale, dtype), f"{out.name}_scale")
             self._insert_after(out, "Mul", scale, "scale")
+
+    def _joined(self, out: ir.Value, offset: np.ndarray) -> bool:
+        """Add an array to the constant that alone is added to a tensor; say if there is one of its shape."""
+        users = list(out.uses())
+        if len(users) != 1 or out.is_graph_output() or users[0][0].op_type != "Add":
+            return False
+        user, place = users[0]
+        other = array_of(user.inputs[1 - place])
+        if other is None or _trimmed(other.shape) != _trimmed(offset.shape):
+            return False
+        total = other.astype(np.float64) + offset.reshape(other.shape).astype(np.float64)
+        self._set_input(user, 1 - place, total.astype(other.dtype))
+        return True
 
     def _insert_after(self, out: ir.Value, operator: str, operand: ir.Value, what: str) -> None:
         """Put an operator with a constant behind a tensor, in front of all that reads it."""
@@ -335,6 +360,11 @@ def _bias_behind(value: ir.Value, shape: tuple[int, ...]) -> tuple[ir.Node, int]
         if other is not None and other.shape == shape:
             return user, 1 - place
         value = user.outputs[0]
+
+
+def _trimmed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return a shape without the axes of size 1 in front, which broadcasting adds anyway."""
+    return () if not shape else shape if shape[0] != 1 else _trimmed(shape[1:])
 
 
 def graph_of(node: ir.Node) -> ir.Graph:

@@ -11,6 +11,7 @@ from etp_deploy.surgery.statements.base import array_of
 from etp_deploy.surgery.statements.contraction import Contraction
 from etp_deploy.surgery.statements.pointwise import Pointwise
 from etp_deploy.surgery.statements.product import Product
+from etp_deploy.surgery.statements.stacked import stack
 from etp_deploy.surgery.statements.weights import Weight
 
 if TYPE_CHECKING:
@@ -56,9 +57,12 @@ def biased_gelu(node: ir.Node) -> Statement:
         example(weight(6, 4), computed(2, 3, 6), transA=1, transB=1),
         example(computed(2, 4, 3, 6), computed(2, 4, 5, 6), transB=1, alpha=0.25),
         example(computed(2, 4, 6, 3), computed(2, 4, 6, 5), transA=1),
+        example(computed(2, 4, 3, 6), computed(2, 4, 6, 5), alpha=0.25),
+        example(computed(6), weight(6, 4), alpha=0.5, removable=False),
         example(computed(2, 4, 3, 6), weight(4, 5, 6), transB=1),
+        example(weight(4, 6, 5), computed(4, 3, 6), transA=1, transB=1, alpha=0.5),
         example(
-            computed(3, 2, 6),
+            computed(2, 2, 6),
             computed(2, 6, 4),
             transBatchA=1,
             operator="FusedMatMul",
@@ -72,16 +76,15 @@ def fused_matmul(node: ir.Node) -> Statement:
         raise RefusedError("a product that exchanges the batch with an axis of the matrices")
     alpha = float(attribute(node, "alpha", 1.0))
     turned = (bool(attribute(node, "transA", 0)), bool(attribute(node, "transB", 0)))
-    ranks = [rank(value) for value in node.inputs]
-    if min(ranks) < 2:
-        if any(turned):
-            raise RefusedError("a transposed vector")
-        return Product(node, scale=alpha)
+    if min(rank(value) for value in node.inputs) < 2:
+        raise RefusedError("a product with a vector")
     arrays = [array_of(value) for value in node.inputs]
     for which in (0, 1):
         array = arrays[which]
         if array is not None and array.ndim == 2 and arrays[1 - which] is None:
             return _contraction(node, 1 - which, turned, alpha)
+        if array is not None and array.ndim > 2 and arrays[1 - which] is None:
+            return stack(node, 1 - which, turned, alpha)
     return Product(node, transposed=turned, scale=alpha)
 
 
@@ -100,8 +103,6 @@ def _contraction(node: ir.Node, data: int, turned: tuple[bool, bool], alpha: flo
         inner, outer = outer, inner
     contracted = int(turned[1]) if data == 0 else 1 - int(turned[0])
     out = axes - 1 if data == 0 else axes - 2
-    sources = [*range(axes - 2), outer, outer]
-    sources[out] = -1
     return Contraction(
         node,
         data=data,
@@ -110,5 +111,5 @@ def _contraction(node: ir.Node, data: int, turned: tuple[bool, bool], alpha: flo
         weight=Weight(1 - data, out=1 - contracted, contracted=contracted),
         bias=None,
         bias_scale=alpha,
-        sources=tuple(None if axis == -1 else axis for axis in sources),
+        sources=(*range(axes - 2), outer, outer),
     )

@@ -21,7 +21,6 @@ from etp_deploy.surgery.rules.quantized import (
 )
 from etp_deploy.surgery.rules.registry import RefusedError, rule
 from etp_deploy.surgery.statements.base import array_of
-from etp_deploy.surgery.statements.packed import PackedContraction
 from etp_deploy.surgery.statements.quantized import IntegerContraction
 from etp_deploy.surgery.statements.weights import Weight
 
@@ -105,6 +104,8 @@ _CONV = (
         group=2,
     ),
     example(*_DATA, weight(4, 1, 3, 3, dtype=SIGNED), at_scale(0.1), at_zero(0, dtype=SIGNED), *OUT, group=4),
+    example(*_DATA[:2], at_zero(1, 2, 3, 1), *_ROWS, *OUT, removable=False),
+    example(*_DATA, *_ROWS, *OUT, computed(6, dtype="int32"), removable=False),
 )
 
 
@@ -150,19 +151,23 @@ def qlinear_conv(node: ir.Node) -> Statement:
         example(_DATA[0], weight(6, 4, 3, 3, dtype=BYTES), at_zero(1), pads=[1, 1, 1, 1]),
         example(_DATA[0], weight(6, 4, 3, 3, dtype=BYTES)),
         example(_DATA[0], weight(6, 2, 1, 1, dtype=BYTES), at_zero(3), at_zero(1), group=2),
+        example(
+            _DATA[0], weight(6, 4, 3, 3, dtype=BYTES), at_zero(1), at_zero(0, 1, 2, 3, 0, 1), removable=False
+        ),
     ),
 )
 def conv_integer(node: ir.Node) -> Statement:
     """y[n, o, ...] = sum_i,k (x[n, i, ... + k] - zero) * (w[o, i, k] - w_zero[o])"""
-    weight = Weight(1, out=0, contracted=1, groups=attribute(node, "group", 1))
+    if input_at(node, 3) is not None:
+        one_entry(node, 3, "the weight's zero point is")
     return IntegerContraction(
         node,
         data=0,
         data_axis=1,
         out_axis=1,
-        weight=weight,
+        weight=Weight(1, out=0, contracted=1, groups=attribute(node, "group", 1)),
         zeros=(2, 3),
-        along=_by_channel(node, weight, 3),
+        along=(),
         finish=_integers,
         bordered=padded(node),
     )
@@ -170,6 +175,7 @@ def conv_integer(node: ir.Node) -> Statement:
 
 _SEQUENCE = computed(2, 5, 6, dtype=BYTES)
 _EIGHT = tuple(0.1 * (1 + column) for column in range(8))
+_BYTE_COLUMNS = (weight(6, 8, dtype=BYTES), at_scale(0.1), at_zero(2))
 
 
 @rule(
@@ -183,7 +189,7 @@ _EIGHT = tuple(0.1 * (1 + column) for column in range(8))
             at_zero(*[0] * 8, dtype=SIGNED),
             *OUT,
         ),
-        example(_SEQUENCE, *_DATA[1:], weight(6, 8, dtype=BYTES), at_scale(0.1), at_zero(2), *OUT),
+        example(_SEQUENCE, *_DATA[1:], *_BYTE_COLUMNS, *OUT),
         example(
             _SEQUENCE,
             *_DATA[1:],
@@ -202,6 +208,8 @@ _EIGHT = tuple(0.1 * (1 + column) for column in range(8))
             *OUT,
             removable=False,
         ),
+        example(_SEQUENCE, at_scale(0.2), at_zero(1, 2), *_BYTE_COLUMNS, *OUT, removable=False),
+        example(_SEQUENCE, *_DATA[1:], *_BYTE_COLUMNS, at_scale(0.3), literal(0, "float32"), removable=False),
     ),
 )
 def qlinear_matmul(node: ir.Node) -> Statement:
@@ -238,6 +246,7 @@ def _matrix(node: ir.Node, index: int) -> int:
         example(_SEQUENCE, weight(6, 8, dtype=BYTES), at_zero(1), at_zero(0)),
         example(_SEQUENCE, weight(6, 8, dtype=BYTES)),
         example(computed(3, 6, dtype=BYTES), weight(6, 8, dtype=BYTES), at_zero(1, 2, 3), removable=False),
+        example(_SEQUENCE, weight(6, 8, dtype=BYTES), at_zero(1), at_zero(0, 1, 0, 1), removable=False),
         example(_SEQUENCE, weight(6, 8, dtype=BYTES), computed(dtype=BYTES)),
     ),
 )
@@ -291,6 +300,24 @@ _FLOAT_BIAS = literal([0.5, -1.0, 0.0, 2.0, 0.25, -0.75, 1.0, 3.0], "float32")
             at_zero(0),
             _FLOAT_BIAS,
         ),
+        example(
+            computed(3, 6, dtype=BYTES),
+            weight(6, 8, dtype=BYTES),
+            at_scale(),
+            at_scale(0.3),
+            at_zero(1, 2, 3),
+            removable=False,
+        ),
+        example(
+            _SEQUENCE,
+            weight(6, 8, dtype=BYTES),
+            at_scale(),
+            at_scale(0.3),
+            at_zero(),
+            at_zero(0),
+            computed(8),
+            removable=False,
+        ),
     ),
 )
 def matmul_integer_to_float(node: ir.Node) -> Statement:
@@ -312,9 +339,7 @@ def matmul_integer_to_float(node: ir.Node) -> Statement:
         finish=_floats,
         bias=6,
         sums="float32",
-        scale=float(scale.reshape(-1)[0]) * _weight_scale(node, 3)
-        if scale is not None and scale.size == 1
-        else None,
+        scale=scale.item() * _weight_scale(node, 3) if scale is not None and scale.size == 1 else None,
     )
 
 
@@ -330,6 +355,14 @@ def _floats(result: np.ndarray) -> np.ndarray:
             computed(2, 5, 6), weight(6, 8, dtype=SIGNED), at_scale(*_EIGHT), at_zero(*[0] * 8, dtype=SIGNED)
         ),
         example(computed(2, 5, 6), weight(6, 8, dtype=BYTES), at_scale(0.3), at_zero(0), _FLOAT_BIAS),
+        example(
+            computed(2, 5, 6),
+            weight(6, 8, dtype=BYTES),
+            at_scale(0.3),
+            at_zero(0),
+            computed(8),
+            removable=False,
+        ),
     ),
 )
 def dynamic_matmul(node: ir.Node) -> Statement:
@@ -347,9 +380,7 @@ def dynamic_matmul(node: ir.Node) -> Statement:
         zeros=(None, 3),
         along=_by_channel(node, weight, 2, 3),
         finish=_floats,
-        scale=None,
         bias=4,
-        sums="float32",
         ranged=True,
     )
 
@@ -368,6 +399,8 @@ _SUMS = literal([5, -7, 0, 11, 2, -3, 4, 1], "int32")
         example(computed(6, 3, dtype=BYTES), *_ROW[1:], *_COLUMNS, _SUMS, *OUT, transA=1),
         example(*_ROW, *_COLUMNS, _SUMS),
         example(*_ROW, *_COLUMNS, literal(np.arange(24).reshape(3, 8), "int32"), *OUT, removable=False),
+        example(*_ROW, *_COLUMNS, computed(8, dtype="int32"), *OUT, removable=False),
+        example(*_ROW[:2], at_zero(1, 2, 3), *_COLUMNS, _SUMS, *OUT, removable=False),
     ),
 )
 def qgemm(node: ir.Node) -> Statement:
@@ -399,68 +432,3 @@ def qgemm(node: ir.Node) -> Statement:
         finish=finish,
         bias=6,
     )
-
-
-_PACKED = (
-    literal((np.arange(8 * 2 * 8) * 37 % 251).reshape(8, 2, 8), BYTES),
-    literal(np.linspace(0.1, 0.2, 16), "float32"),
-)
-
-
-@rule(
-    "MatMulNBits",
-    domain=MICROSOFT,
-    examples=(
-        example(computed(2, 3, 32), *_PACKED, K=32, N=8, bits=4, block_size=16),
-        example(
-            computed(2, 3, 32),
-            *_PACKED,
-            literal([0x21, 0x83, 0x65, 0x87, 0x78, 0x56, 0x34, 0x12], BYTES),
-            None,
-            _FLOAT_BIAS,
-            K=32,
-            N=8,
-            bits=4,
-            block_size=16,
-        ),
-        example(
-            computed(2, 3, 26),
-            *_PACKED,
-            literal(np.linspace(5, 9, 16), "float32"),
-            K=26,
-            N=8,
-            bits=4,
-            block_size=16,
-        ),
-        example(
-            computed(2, 3, 32),
-            *_PACKED,
-            None,
-            literal([0] * 16 + [1] * 16, "int32"),
-            K=32,
-            N=8,
-            bits=4,
-            block_size=16,
-            removable=False,
-        ),
-    ),
-)
-def matmul_n_bits(node: ir.Node) -> Statement:
-    """y[..., m] = sum_k x[..., k] * (b[m, k] - zero[m, k // block]) * scale[m, k // block] + bias[m]"""
-    packed = constant_at(node, 1, "the weight is")
-    for index in (2, 3, 5):
-        if input_at(node, index) is not None:
-            constant_at(node, index, "the weight's scale, zero point or bias is")
-    if input_at(node, 4) is not None:
-        raise RefusedError("its groups are listed index by index")
-    bits = int(attribute(node, "bits", 4))
-    if bits not in {2, 4, 8} or packed.ndim != 3 or attribute(node, "weight_prepacked", 0):
-        raise RefusedError("its weight is packed in another way")
-    block = int(attribute(node, "block_size", 0))
-    blocks = -(-int(attribute(node, "K", 0)) // max(block, 1))
-    if (
-        packed.shape[1:] != (blocks, block * bits // 8)
-        or constant_at(node, 2, "the scale is").size != len(packed) * blocks
-    ):
-        raise RefusedError("its weight is not of the size that it says")
-    return PackedContraction(node, bits=bits, block=block)

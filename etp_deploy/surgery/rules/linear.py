@@ -10,6 +10,7 @@ from etp_deploy.surgery.rules.registry import RefusedError, rule
 from etp_deploy.surgery.statements.base import array_of
 from etp_deploy.surgery.statements.contraction import Contraction
 from etp_deploy.surgery.statements.product import Product
+from etp_deploy.surgery.statements.stacked import stack
 from etp_deploy.surgery.statements.weights import Weight
 
 if TYPE_CHECKING:
@@ -29,6 +30,11 @@ if TYPE_CHECKING:
         example(computed(2, 3, 6, 4), computed(3, 4, 5)),
         example(computed(2, 3, 5, 4), weight(3, 4, 5)),
         example(weight(3, 5, 4), computed(3, 4, 2)),
+        example(computed(3, 2, 4), weight(3, 4, 5)),
+        example(computed(2, 6), weight(3, 6, 4)),
+        example(computed(2, 1, 3, 6), weight(1, 4, 6, 5)),
+        example(computed(2, 3, 4, 6), weight(2, 1, 6, 5)),
+        example(computed(6), weight(3, 6, 4), removable=False),
     ),
 )
 def matmul(node: ir.Node) -> Statement:
@@ -42,6 +48,10 @@ def matmul(node: ir.Node) -> Statement:
         axis = rank(node.inputs[1]) - 2
         weight = Weight(0, out=0, contracted=1)
         return Contraction(node, data=1, data_axis=axis, out_axis=axis, weight=weight, bias=None)
+    constant = first if second is None else second
+    one = first is None or second is None
+    if one and constant is not None and constant.ndim > 2 and min(map(rank, node.inputs)) > 1:
+        return stack(node, 0 if first is None else 1)
     return Product(node)
 
 

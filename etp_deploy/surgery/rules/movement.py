@@ -165,10 +165,11 @@ def scatter_nd(node: ir.Node) -> Statement:
 @rule(
     "ScatterElements",
     examples=(
-        example(computed(5, 6), indices(7, 6, below=5), computed(7, 6), reduction="add", axis=0),
-        example(computed(2, 5, 6), indices(2, 5, 6, below=6), computed(2, 5, 6), axis=-1),
-        example(weight(5, 6), indices(3, 6, below=5), computed(3, 6), reduction="max", axis=0),
+        example(computed(5, 6), indices(7, 6, below=5, copied=True), computed(7, 6), reduction="add", axis=0),
+        example(computed(2, 5, 6), indices(2, 5, 6, below=6, copied=True), computed(2, 5, 6), axis=-1),
+        example(weight(5, 6), indices(3, 6, below=5, copied=True), computed(3, 6), reduction="max", axis=0),
         example(computed(5, 6), indices(3, 4, below=5), computed(3, 4), axis=0, removable=False),
+        example(weight(5, 6), indices(3, 4, below=5, copied=True), computed(3, 4), axis=0, removable=False),
     ),
 )
 def scatter_elements(node: ir.Node) -> Statement:
@@ -183,8 +184,8 @@ def scatter_elements(node: ir.Node) -> Statement:
 @rule(
     "GatherElements",
     examples=(
-        example(computed(5, 6), indices(7, 6, below=5), axis=0),
-        example(computed(2, 6, 5), indices(2, 6, 3, below=5), axis=-1),
+        example(computed(5, 6), indices(7, 6, below=5, copied=True), axis=0),
+        example(computed(2, 6, 5), indices(2, 6, 3, below=5, copied=True), axis=-1),
         example(computed(5, 6), indices(3, 4, below=5), axis=0, removable=False),
     ),
 )
@@ -224,7 +225,7 @@ def concat(node: ir.Node) -> Statement:
     for index, value in enumerate(node.inputs):
         size = value.shape[axis] if value is not None and value.shape is not None else None
         pieces.append((index, np.arange(size if isinstance(size, int) else 1)))
-    return Select(node, axis, [pieces], how="concat")
+    return Select(node, axis, [pieces])
 
 
 @rule(

@@ -138,6 +138,7 @@ def rms_normalization(node: ir.Node) -> Statement:
         example(computed(2, 3, 6)),
         example(computed(2, 6, 4), axis=1, p=1),
         example(computed(2, 6, 4, 3), axis=2, p=2),
+        example(weight(2, 3, 6), removable=False),
     ),
 )
 def lp_normalization(node: ir.Node) -> Statement:

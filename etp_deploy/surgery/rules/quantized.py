@@ -142,6 +142,16 @@ _IMAGE = (computed(2, 6, 4, 4, dtype=BYTES), at_scale(0.2), at_zero(1))
     examples=(
         example(*_IMAGE, computed(2, 6, 4, 4, dtype=BYTES), at_scale(0.3), at_zero(3), *OUT),
         example(*_IMAGE, weight(6, 1, 1, dtype=BYTES), at_scale(0.3), at_zero(3), *OUT),
+        example(
+            _IMAGE[0],
+            at_scale(*SCALES),
+            at_zero(1),
+            _IMAGE[0],
+            at_scale(0.3),
+            at_zero(3),
+            *OUT,
+            removable=False,
+        ),
     ),
 )
 def qlinear_binary(node: ir.Node) -> Statement:
@@ -159,7 +169,11 @@ def qlinear_binary(node: ir.Node) -> Statement:
     "QLinearLeakyRelu",
     "QLinearSigmoid",
     domain=MICROSOFT,
-    examples=(example(*_IMAGE, at_scale(0.3), at_zero(3)),),
+    examples=(
+        example(*_IMAGE, at_scale(0.3), at_zero(3)),
+        example(*_IMAGE[:2], None, *OUT),
+        example(*_IMAGE, at_scale(0.3), at_zero(*_POINTS), removable=False),
+    ),
 )
 def qlinear_unary(node: ir.Node) -> Statement:
     """y[...] = requantise(f(dequantised x[...]))"""
@@ -180,6 +194,15 @@ def qlinear_unary(node: ir.Node) -> Statement:
             at_zero(3),
             operator="QLinearGlobalAveragePool",
             channels_last=1,
+            removable=False,
+        ),
+        example(
+            _IMAGE[0],
+            at_scale(*SCALES),
+            at_zero(1),
+            at_scale(0.3),
+            at_zero(3),
+            operator="QLinearGlobalAveragePool",
             removable=False,
         ),
         example(
@@ -207,9 +230,10 @@ def qlinear_pool(node: ir.Node) -> Statement:
         raise RefusedError("channels are last")
     _scalars(node, 1, 2, 3, 4)
     axes = rank(node.inputs[0])
+    maps = {0: same_axes(axes, *range(2, axes))}
     if attribute(node, "count_include_pad", 0) and padded(node):
-        return Pointwise(node, {0: (0, 1, *([None] * (axes - 2)))}, constants="none", whole="pooled over")
-    return QuantizedMean(node, {0: (0, 1, *([None] * (axes - 2)))}, whole="pooled over")
+        return Pointwise(node, maps, constants="none", whole="pooled over")
+    return QuantizedMean(node, maps, whole="pooled over")
 
 
 @rule(
@@ -218,6 +242,7 @@ def qlinear_pool(node: ir.Node) -> Statement:
     examples=(
         example(*OUT, *_IMAGE, computed(2, 6, 4, 4, dtype=BYTES), at_scale(0.3), at_zero(3), axis=1),
         example(*OUT, *_IMAGE, computed(2, 6, 2, 4, dtype=BYTES), at_scale(0.1), at_zero(3), axis=2),
+        example(*OUT, *_IMAGE, _IMAGE[0], at_scale(*SCALES), at_zero(3), axis=1, removable=False),
     ),
 )
 def qlinear_concat(node: ir.Node) -> Statement:
@@ -229,4 +254,4 @@ def qlinear_concat(node: ir.Node) -> Statement:
         value = node.inputs[index]
         size = value.shape[axis] if value is not None and value.shape is not None else None
         pieces.append((index, np.arange(size if isinstance(size, int) else 1)))
-    return QuantizedConcat(node, axis, [pieces], how="concat")
+    return QuantizedConcat(node, axis, [pieces])

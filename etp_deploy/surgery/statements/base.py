@@ -120,6 +120,11 @@ class FreeShape:
     value: ir.Value
 
 
+@dataclass(frozen=True)
+class Bypass:
+    """Leave a node out: its output is its first input, entry by entry."""
+
+
 Edit = (
     SetInput
     | SliceInput
@@ -132,6 +137,7 @@ Edit = (
     | AddVector
     | Affine
     | FreeShape
+    | Bypass
 )
 
 

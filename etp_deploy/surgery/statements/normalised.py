@@ -59,7 +59,7 @@ class Normed(Pointwise):
         structure = state.structure(self.out)
         if structure is None or not self.links or self.epsilon == 0.0:
             return
-        parts = [self._known(state, index, structure) for index in self.maps]
+        parts = [self.operand(state, index, structure) for index in self.maps]
         zero = np.logical_or.reduce(np.broadcast_arrays(*(known & (value == 0) for known, value in parts)))
         state.set_constant(self.out, zero, np.zeros((), parts[0][1].dtype))
 
@@ -197,7 +197,7 @@ class Centred(Pointwise):
     def _of_channels(self, state: State, index: int, structure: Structure) -> tuple[np.ndarray, np.ndarray]:
         """Return where the scale or the bias is known and its entries, in the output's dimensions."""
         if index not in self.by_group:
-            return self._known(state, index, structure)
+            return self.operand(state, index, structure)
         array = array_of(self.node.inputs[index])
         size = axis_size(structure[1]).static
         shape = [1] * len(state.mask(self.out).shape)

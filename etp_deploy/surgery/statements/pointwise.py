@@ -234,7 +234,7 @@ class Pointwise(Statement):
         if self.passing == "none" or not (constant_input or self.absorbing or self.fresh):
             return
         parts = {
-            index: self._known(state, index, structure) for index in self.maps if index not in self.routes
+            index: self.operand(state, index, structure) for index in self.maps if index not in self.routes
         }
         shape = frame(structure)
         known = np.ones(shape, bool)
@@ -273,7 +273,7 @@ class Pointwise(Statement):
                 known = known & (held == 0)
         state.set_constant(self.out, known, values)
 
-    def _known(self, state: State, index: int, structure: Structure) -> tuple[np.ndarray, np.ndarray]:
+    def operand(self, state: State, index: int, structure: Structure) -> tuple[np.ndarray, np.ndarray]:
         """Return where an operand is known and its values, in the output's dimensions."""
         value = self._value(index)
         dims = len(frame(structure))

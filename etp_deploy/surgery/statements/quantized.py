@@ -45,7 +45,8 @@ class IntegerContraction(Contraction):
         bordered: as for `Contraction`.
         scale: what the integers' sum is multiplied by before the bias is added, None where that is computed.
         sums: the type of the bias.
-        ranged: whether the range of the data's entries sets their scale, so that only zeros may go.
+        ranged: whether the range of the data's entries sets their scale while the model runs, so that only zeros
+            may go.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class IntegerContraction(Contraction):
             bias=bias,
             bordered=bordered,
         )
-        self.scaled = scale is not None
+        self.scaled = scale is not None and not ranged
         self.sum_scale = np.asarray(1.0 if scale is None else scale, np.float64).reshape(1, -1)
         self.zeros = zeros
         self.along = along
@@ -168,7 +169,7 @@ class QuantizedMean(Pointwise):
         data = self.node.inputs[0]
         if structure is None or not self.links or data is None or state.constant(data) is None:
             return
-        known, values = self._known(state, 0, structure)
+        known, values = self.operand(state, 0, structure)
         scale, zero, new_scale, new_zero = (array_of(input_of(self.node, index)) for index in (1, 2, 3, 4))
         if scale is None or new_scale is None:
             return

@@ -1,0 +1,257 @@
+"""The methods under test: what pulls on the weights during the forced epochs, and what is ranked by afterwards.
+
+All work alike but for the pull. The strength is a number without unit: with 1, a module of average size on which
+an average pull acts, and which no gradient defends, just reaches zero by the end of the forced epochs. So the
+same few strengths are offered to every method. All pulls are applied outside the optimiser.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import data
+import torch
+from pruning import choose, compacted, macs
+
+from etp_deploy.errors import UsageError
+from etp_deploy.training.regularizers import make
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from pruning import Unit
+    from torch import Tensor, nn
+
+    from etp_deploy.training import TorqueRegularizer
+
+#: What every method chooses from, on the validation examples.
+STRENGTHS = (0.1, 0.5, 2.0, 8.0)
+
+
+class OutOfReachError(Exception):
+    """A method cannot reach the wanted speed-up, or does not know the network."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a force is made for.
+
+    Args:
+        network: trained densely; the force works on this very object.
+        units: what can be pruned from it.
+        example: one sample.
+        strength: see this module's text.
+        pulls: sum of the learning rates of all forced steps.
+    """
+
+    network: nn.Module
+    units: Sequence[Unit]
+    example: tuple[Tensor, ...]
+    strength: float
+    pulls: float
+
+
+class Force(Protocol):
+    """A method at work on one network."""
+
+    def pull(self, rate: float) -> None:
+        """Act on the weights after an optimiser's step."""
+        ...
+
+    def pruned(self, speedup: float) -> tuple[nn.Module, dict[str, Tensor] | None]:
+        """Return the small network, and which modules of each unit it kept; None where it has its own groups."""
+        ...
+
+
+class Pulling:
+    """A method of the library: a regulariser for each unit, so that each is pulled on the scale of its own weights.
+
+    Args:
+        setting: what it is made for.
+        method: as `etp_deploy.training.regularizers.make` knows it.
+        options: for `make`.
+    """
+
+    def __init__(self, setting: Setting, method: str, options: Mapping[str, Any]) -> None:
+        self.setting = setting
+        self.method = method
+        self.regularizers = {unit.group.name: self._regularizer(unit, options) for unit in setting.units}
+
+    def _regularizer(self, unit: Unit, options: Mapping[str, Any]) -> TorqueRegularizer:
+        group, setting = unit.group, self.setting
+        try:
+            regularizer = make(self.method, setting.network, groups=(group,), **options)
+        except UsageError as error:
+            raise OutOfReachError(str(error)) from error
+        parts = unit.gains if self.method == "slimming" else group.parts
+        elements = sum(setting.network.get_parameter(part.parameter).numel() for part in parts)
+        size = float(regularizer.scores()[group.name].square().mean()) / (
+            elements / unit.count(setting.network)
+        )
+        mean_force = float(regularizer.forces(group.name).mean())
+        regularizer.beta = setting.strength * size**0.5 / (setting.pulls * mean_force)
+        return regularizer
+
+    def pull(self, rate: float) -> None:
+        """Take the proximal step of every unit."""
+        for regularizer in self.regularizers.values():
+            regularizer.shrink(rate)
+
+    def scores(self) -> dict[str, Tensor]:
+        """Return each module's norm after the pull, as a share of its unit's mean.
+
+        Modules that are zero come in the order of the pull that they felt. Gains are compared as they are.
+        """
+        found = {}
+        for name, regularizer in self.regularizers.items():
+            norms = regularizer.scores()[name].double()
+            force = regularizer.forces(name)
+            share = norms if self.method == "slimming" else norms / norms.mean().clamp(min=1e-30)
+            found[name] = torch.where(norms > 0, share, -force / force.max())
+        return found
+
+    def pruned(self, speedup: float) -> tuple[nn.Module, dict[str, Tensor] | None]:
+        """Remove the modules of the lowest scores."""
+        setting = self.setting
+        try:
+            keep = choose(setting.network, setting.units, self.scores(), setting.example, speedup)
+        except ValueError as error:
+            raise OutOfReachError(str(error)) from error
+        return compacted(setting.network, setting.units, keep), keep
+
+
+class DepGraph:
+    """Torch-Pruning's GroupNormPruner: its own dependency graph, regulariser, importance and removal.
+
+    Its pull on the weights is taken from the gradients that it makes, and applied outside the optimiser as all
+    others. Heads are removed as whole heads.
+    """
+
+    #: How finely the pruned share is searched: steps of the whole, and steps of a step.
+    shares = (48, 8)
+
+    def __init__(self, setting: Setting) -> None:
+        path = str(data.fetch("torch-pruning"))
+        if path not in sys.path:
+            sys.path.append(path)
+        import torch_pruning  # noqa: PLC0415 - from the cache, for this method alone
+
+        self.library = torch_pruning
+        self.setting = setting
+        self.pruner = self._pruner(setting.network, 0.5)
+
+    def _pruner(self, network: nn.Module, share: float) -> Any:
+        """Return a pruner of a network that removes a share of its channels and heads in one step."""
+        heads = {
+            layer: layer.out_features // size
+            for module in network.modules()
+            if (size := getattr(module, "attention_head_size", getattr(module, "size", None))) is not None
+            for name, layer in module.named_children()
+            if name in {"query", "key", "value", "linear"}
+        }
+        last = [module for name, module in network.named_modules() if name in {"classifier", "project"}]
+        frozen = [parameter for parameter in network.parameters() if not parameter.requires_grad]
+        for parameter in frozen:
+            # it follows gradients, and would take what has none for absent
+            parameter.requires_grad_(True)
+        pruner = self.library.pruner.GroupNormPruner(
+            network,
+            self.setting.example,
+            importance=self.library.importance.GroupMagnitudeImportance(p=2, normalizer="mean"),
+            reg=1.0,
+            global_pruning=True,
+            pruning_ratio=share,
+            head_pruning_ratio=share,
+            max_pruning_ratio=15 / 16,
+            ignored_layers=last,
+            # its default dictionaries are shared by all pruners
+            in_channel_groups={},
+            out_channel_groups={},
+            num_heads=heads,
+            prune_num_heads=bool(heads),
+            prune_head_dims=not heads,
+        )
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        return pruner
+
+    @torch.no_grad()
+    def pull(self, rate: float) -> None:
+        """Shrink the weights by what the pruner would have added to their gradients."""
+        network = self.setting.network
+        parameters = [parameter for parameter in network.parameters() if parameter.grad is not None]
+        for parameter in parameters:
+            parameter.grad.zero_()
+        self.pruner.regularize(network)
+        for parameter in parameters:
+            share = rate * self.setting.strength / self.setting.pulls
+            parameter.sub_(share * parameter.grad)
+
+    def pruned(self, speedup: float) -> tuple[nn.Module, dict[str, Tensor] | None]:
+        """Raise the share of channels and heads until the MACs are met, coarsely and then finely.
+
+        Halving the interval would not do: near its most the pruner spares whole layers.
+        """
+        wanted = macs(self.setting.network, self.setting.example) / speedup
+        coarse, fine = self.shares
+        shares = (place / coarse for place in range(1, coarse))
+        first = next((share for share in shares if self._left(share)[1] <= wanted), None)
+        if first is None:
+            raise OutOfReachError(f"a speed-up of {speedup:g} is out of reach")
+        for place in range(fine):
+            small, left = self._left(first - (fine - 1 - place) / (coarse * fine))
+            if left <= wanted:
+                break
+        small.zero_grad(set_to_none=True)
+        return small, None
+
+    def _left(self, share: float) -> tuple[nn.Module, int]:
+        """Return the network without a share of its channels and heads, and its MACs."""
+        small = copy.deepcopy(self.setting.network)
+        frozen = {name for name, parameter in small.named_parameters() if not parameter.requires_grad}
+        self._pruner(small, share).step()
+        for name, parameter in small.named_parameters():
+            parameter.requires_grad_(name not in frozen)
+        try:
+            return small, macs(small, self.setting.example)
+        except RuntimeError as error:
+            raise OutOfReachError(f"what Torch-Pruning leaves does not run: {error}") from error
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method of the comparison.
+
+    Args:
+        name: as in the results.
+        title: for readers.
+        force: puts it to work.
+    """
+
+    name: str
+    title: str
+    force: Callable[[Setting], Force]
+
+
+def _pulling(method: str, **options: Any) -> Callable[[Setting], Force]:
+    return lambda setting: Pulling(setting, method, options)
+
+
+METHODS = {
+    method.name: method
+    for method in (
+        Method("etp", "ETP, ordered by norm", _pulling("etp", norm="l2", pivot="ordered")),
+        Method(
+            "linear", "linear torque, ordered by norm", _pulling("linear_torque", norm="l2", pivot="ordered")
+        ),
+        Method("lasso", "group lasso", _pulling("group_lasso")),
+        Method("l1", "L1", _pulling("l1")),
+        Method("slimming", "network slimming", _pulling("slimming")),
+        Method("depgraph", "DepGraph", DepGraph),
+        Method("etp-index", "ETP, by index", _pulling("etp", norm="l2")),
+        Method("linear-index", "linear torque, by index", _pulling("linear_torque", norm="l2")),
+    )
+}

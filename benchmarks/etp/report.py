@@ -1,0 +1,311 @@
+"""Make tables, one JSON document and plots of what `run.py` has finished so far.
+
+    python benchmarks/etp/report.py
+
+Writes `report.md`, `report.json` and for each task `TASK-macs.svg` and `TASK-latency.svg` into `results/`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from methods import METHODS, STRENGTHS
+from plot import Series, scatter
+from run import RESULTS, Results
+from tasks import TASKS, Task
+
+from etp_deploy.files import write_text
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+Document = dict[str, Any]
+OURS = "etp"
+#: Whom ETP is held against: everything else but its own other ordering.
+RIVALS = tuple(name for name in METHODS if not name.startswith("etp"))
+
+
+def summary(task: Task, records: Sequence[Document]) -> Document:
+    """Return a task's cells, summed up over seeds.
+
+    Args:
+        task: the task.
+        records: of its file.
+    """
+    cells = [record for record in records if record["record"] == "cell"]
+    rows = []
+    for method, speedup in [("dense", 1.0), *((m, s) for s in task.speedups for m in METHODS)]:
+        own = [cell for cell in cells if (cell["method"], cell["speedup"]) == (method, speedup)]
+        if own:
+            rows.append(_row(method, speedup, own))
+    return {
+        "task": task.name,
+        "title": task.title,
+        "metric": task.kind.metric,
+        "higher_is_better": task.kind.higher,
+        "reduced": task.reduced,
+        "rows": rows,
+        "verdicts": [_verdict(task, rows, speedup) for speedup in task.speedups],
+    }
+
+
+def _row(method: str, speedup: float, cells: Sequence[Document]) -> Document:
+    done = [cell for cell in cells if "value" in cell]
+    row: Document = {"method": method, "speedup": speedup, "seeds": len(done)}
+    if not done:
+        return {**row, "failed": cells[0]["failed"]}
+    values = [cell["value"] for cell in done]
+    timing = next((cell["timing"] for cell in done if "timing" in cell), None)
+    return {
+        **row,
+        "values": values,
+        "mean": statistics.fmean(values),
+        "spread": statistics.stdev(values) if len(values) > 1 else None,
+        "strength": done[0]["strength"],
+        "macs_ratio": _mean(cell["macs"]["ratio"] for cell in done),
+        "compressed_macs_ratio": _mean(
+            cell["macs"]["dense"] / cell["onnx"]["macs"]["compressed"] for cell in done
+        ),
+        "parameters_ratio": _mean(c["parameters"]["dense"] / c["parameters"]["pruned"] for c in done),
+        "equal": sum(cell["equality"]["equal"] for cell in done),
+        "examples": sum(cell["equality"]["examples"] for cell in done),
+        "largest_error": max(cell["equality"]["largest_error"] for cell in done),
+        "timing": timing,
+        "seconds": sum(cell["seconds"] for cell in cells),
+    }
+
+
+def _mean(values: Iterable[float]) -> float:
+    return statistics.fmean(values)
+
+
+def _verdict(task: Task, rows: Sequence[Document], speedup: float) -> Document:
+    """Say how ETP stands against the best of the others at a speed-up."""
+    means = {row["method"]: row for row in rows if row["speedup"] == speedup and "mean" in row}
+    others = [means[name] for name in RIVALS if name in means]
+    if OURS not in means or not others:
+        return {"speedup": speedup, "outcome": "unfinished"}
+    sign = 1 if task.kind.higher else -1
+    best = max(others, key=lambda row: sign * row["mean"])
+    ours = means[OURS]
+    gap = sign * (ours["mean"] - best["mean"])
+    spreads = [row["spread"] for row in (ours, best) if row["spread"] is not None]
+    # two standard errors: of the difference of means over seeds, or with one seed of the test sample
+    doubt = 2 * math.sqrt(sum(s * s for s in spreads) / ours["seeds"]) if len(spreads) == 2 else None
+    outcome = "ahead" if gap > 0 else "level" if gap == 0 else "behind"
+    if doubt is None and task.kind.metric == "accuracy":
+        doubt = _sampling(ours, best)
+    clear = doubt is not None and abs(gap) > doubt
+    return {
+        "speedup": speedup,
+        "outcome": outcome,
+        "clear": clear,
+        "gap": gap,
+        "doubt": doubt,
+        "seeds": ours["seeds"],
+        "best_other": best["method"],
+        "rivals": len(others),
+    }
+
+
+def _sampling(ours: Document, best: Document) -> float:
+    """Return two standard errors of a difference of two accuracies on as many test examples."""
+    variances = [row["mean"] * (1 - row["mean"]) / (row["examples"] / row["seeds"]) for row in (ours, best)]
+    return 2 * math.sqrt(sum(variances))
+
+
+def markdown(summaries: Sequence[Document], machine: Document) -> str:
+    """Return the whole report."""
+    lines = ["# ETP put to the test", "", *_protocol(machine), "", "## Where ETP wins and where not", ""]
+    lines += _overview(summaries)
+    for found in summaries:
+        lines += ["", f"## {found['title']}", "", f"Reduced: {found['reduced']}.", "", *_table(found), ""]
+        lines += [
+            f"- at {verdict['speedup']:g}x: {_in_words(found, verdict)}" for verdict in found["verdicts"]
+        ]
+        lines += ["", f"![over MACs]({found['task']}-macs.svg) ![over latency]({found['task']}-latency.svg)"]
+    return "\n".join(lines) + "\n"
+
+
+def _protocol(machine: Document) -> list[str]:
+    grid = ", ".join(f"{strength:g}" for strength in STRENGTHS)
+    versions = ", ".join(f"{name} {version}" for name, version in machine.get("versions", {}).items())
+    text = f"""\
+Made by `benchmarks/etp/report.py` from what `benchmarks/etp/run.py` has finished.
+
+All methods get the same: the same dense start for a seed, as many epochs with their force, the same ranking rule
+(each module's norm as a share of its group's mean; network slimming and DepGraph use their own), removal of the lowest
+until the MACs are met, as many epochs of fine-tuning, and the same {len(STRENGTHS)} strengths to choose from ({grid}:
+1 brings a module of average size to zero where no gradient defends it). The strength is chosen for each method and
+speed-up on validation examples with seed 0, "(end)" where it is the least or the most; test examples are looked at
+once. The forces are proximal steps outside
+Adam, for all. The dense network is trained on for as long as the others. ETP and linear torque come in two variants:
+distance counted in the order of the norms at the start, and by index as published. DepGraph is torch-pruning 1.6.1's
+GroupNormPruner with its own groups.
+
+"Equal" counts test examples to which the compressed ONNX file gives the same answer as the full-size PyTorch network
+with its zeros (classes or label sets; forecasts within 1e-4 of the largest value). Latency is the compressed file's
+over the dense file's, in one run, one example, one thread, on the CPU, with its 99 % interval; other jobs shared the
+machine. Memory is what a session of one example adds to an idle process, compressed over dense. Latency and memory
+are those of seed 0.
+
+Hardware: {machine.get("processor")}, {machine.get("cores")} cores. Python {machine.get("python")}, {versions}."""
+    return text.splitlines()
+
+
+def _overview(summaries: Sequence[Document]) -> list[str]:
+    verdicts = [verdict for found in summaries for verdict in found["verdicts"]]
+    known = [verdict for verdict in verdicts if verdict["outcome"] != "unfinished"]
+    ahead = [verdict for verdict in known if verdict["outcome"] == "ahead"]
+    both = sum(all(verdict["outcome"] == "ahead" for verdict in found["verdicts"]) for found in summaries)
+    lines = [
+        (
+            f"ETP (ordered by norm) is ahead of every other method in {len(ahead)} of {len(known)} comparisons, "
+            f"{sum(verdict['clear'] for verdict in ahead)} of them beyond doubt; at all speed-ups in {both} of "
+            f"{len(summaries)} tasks. It is behind in {sum(v['outcome'] == 'behind' for v in known)}, "
+            f"{sum(v['clear'] for v in known if v['outcome'] == 'behind')} of them beyond doubt."
+        ),
+        "",
+        (
+            "Doubt is two standard errors: of the difference of the means over seeds, or with one seed of the test "
+            "sample (accuracies alone)."
+        ),
+        "",
+        "| task | speed-up | ETP against the best of the others | gap | doubt | seeds |",
+        "|---|---:|---|---:|---:|---:|",
+    ]
+    for found in summaries:
+        for verdict in found["verdicts"]:
+            row = f"| {found['title']} | {verdict['speedup']:g}x"
+            if verdict["outcome"] == "unfinished":
+                lines.append(f"{row} | unfinished | | | |")
+                continue
+            against = f"{verdict['outcome']} ({METHODS[verdict['best_other']].title})"
+            doubt = "" if verdict["doubt"] is None else _points(found, verdict["doubt"])
+            lines.append(
+                f"{row} | {against} | {_points(found, verdict['gap'])} | {doubt} | {verdict['seeds']} |"
+            )
+    return lines
+
+
+def _in_words(found: Document, verdict: Document) -> str:
+    if verdict["outcome"] == "unfinished":
+        return "unfinished."
+    title = METHODS[verdict["best_other"]].title
+    text = (
+        f"ETP is {verdict['outcome']} by {_points(found, abs(verdict['gap']))}, the best other being {title}"
+    )
+    if verdict["doubt"] is None:
+        return f"{text}; one seed, so nothing is known of the spread."
+    inside = "beyond" if verdict["clear"] else "within"
+    return f"{text}; {inside} doubt ({_points(found, verdict['doubt'])})."
+
+
+def _points(found: Document, value: float) -> str:
+    return f"{100 * value:.2f} points" if found["higher_is_better"] else f"{value:.4f}"
+
+
+def _value(found: Document, value: float) -> str:
+    return f"{100 * value:.2f}" if found["higher_is_better"] else f"{value:.4f}"
+
+
+def _table(found: Document) -> list[str]:
+    metric = f"{found['metric']}, %" if found["higher_is_better"] else found["metric"]
+    lines = [
+        f"| speed-up | method | {metric} | spread | seeds | MACs | parameters | latency | memory | equal | strength |",
+        "|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in found["rows"]:
+        title = "dense" if row["method"] == "dense" else METHODS[row["method"]].title
+        if "failed" in row:
+            reason = row["failed"].replace("|", "/").splitlines()[0]
+            lines.append(f"| {row['speedup']:g}x | {title} | not to be had: {reason} | | | | | | | | |")
+            continue
+        spread = "" if row["spread"] is None else _value(found, row["spread"])
+        timing, memory = row["timing"], ""
+        latency = ""
+        if timing:
+            latency = f"{timing['ratio']:.2f} ({timing['low']:.2f} to {timing['high']:.2f})"
+            memory = f"{_memory_ratio(timing):.2f}"
+        lines.append(
+            f"| {row['speedup']:g}x | {title} | {_value(found, row['mean'])} | {spread} | {row['seeds']} "
+            f"| {row['compressed_macs_ratio']:.2f}x | {row['parameters_ratio']:.2f}x | {latency} | {memory} "
+            f"| {row['equal']} of {row['examples']} | {_strength(row)} |"
+        )
+    return lines
+
+
+def _strength(row: Document) -> str:
+    """Return the strength that was chosen, marked where it lies at an end of what there was to choose from."""
+    if row["method"] == "dense":
+        return ""
+    ends = {min(STRENGTHS), max(STRENGTHS)}
+    return f"{row['strength']:g}{' (end)' if row['strength'] in ends else ''}"
+
+
+def _memory_ratio(timing: Document) -> float:
+    used = timing["memory"]
+    return float(used["compressed"]["peak_above_idle_bytes"] / used["dense"]["peak_above_idle_bytes"])
+
+
+def plots(found: Document) -> dict[str, str]:
+    """Return the two plots of a task by name."""
+    factor = 100 if found["higher_is_better"] else 1
+    rows = [row for row in found["rows"] if "mean" in row]
+    names = list(dict.fromkeys(row["method"] for row in rows))
+    titles = {name: "dense" if name == "dense" else METHODS[name].title for name in names}
+
+    def series(place: str) -> list[Series]:
+        found = []
+        for name in names:
+            own = [row for row in rows if row["method"] == name]
+            at = [
+                row["compressed_macs_ratio"] if place == "macs" else 1 / row["timing"]["ratio"]
+                for row in own
+                if place == "macs" or row["timing"]
+            ]
+            values = [factor * row["mean"] for row in own if place == "macs" or row["timing"]]
+            spreads = [factor * (row["spread"] or 0) for row in own if place == "macs" or row["timing"]]
+            found.append(Series(titles[name], tuple(zip(at, values, spreads, strict=True))))
+        return [one for one in found if one.points]
+
+    metric = f"{found['metric']}{', %' if found['higher_is_better'] else ''}"
+    return {
+        f"{found['task']}-macs": scatter(series("macs"), found["title"], "dense MACs / MACs", metric),
+        f"{found['task']}-latency": scatter(
+            series("latency"), found["title"], "dense latency / latency", metric
+        ),
+    }
+
+
+def main() -> int:
+    """Read the results and write the report."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
+    options = parser.parse_args()
+    summaries, machine = [], {}
+    for task in TASKS.values():
+        records = Results(options.results / f"{task.name}.jsonl").records
+        if any(record["record"] == "cell" for record in records):
+            summaries.append(summary(task, records))
+            machine = next(record["machine"] for record in reversed(records) if "machine" in record)
+    if not summaries:
+        print("report.py: error: there are no results (run run.py first)", file=sys.stderr)
+        return 3
+    document = {"schema": "etp-deploy/etp-benchmark/1", "machine": machine, "tasks": summaries}
+    write_text(options.results / "report.json", json.dumps(document, indent=1) + "\n")
+    write_text(options.results / "report.md", markdown(summaries, machine))
+    for found in summaries:
+        for name, drawing in plots(found).items():
+            write_text(options.results / f"{name}.svg", drawing)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
