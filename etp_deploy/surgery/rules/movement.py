@@ -100,7 +100,7 @@ def expand(node: ir.Node) -> Statement:
         example(computed(2, 6, 4), literal([3, 1, 1])),
         example(computed(2, 6, 4), literal([1, 2, 1])),
         example(computed(2, 1, 4), literal([2, 3, 1])),
-        example(computed(2, 6, 4), indices(3, below=3), removable=False),
+        example(computed(2, 6, 4), indices(3, below=3)),
         example(computed(2, 6, 4), literal(2), literal(1), opset=5, removable=False),
     ),
 )
