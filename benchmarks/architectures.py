@@ -157,24 +157,35 @@ def _import_once() -> None:
 
 def markdown(rows: dict[str, dict[str, Any]]) -> str:
     """Return the table of all architectures."""
-    counts: dict[str, int] = {}
-    for row in rows.values():
-        counts[row["outcome"]] = counts.get(row["outcome"], 0) + 1
-    said = ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items(), key=lambda at: -at[1]))
     header = ("architecture", "planted", "floor", "compressed", "dead units", "max error", "outcome")
     lines = []
     for name, row in rows.items():
         sizes = row.get("parameters")
         numbers = [f"{sizes[key]:,}" for key in ("planted", "floor", "compressed")] if sizes else [""] * 3
-        dead = ", ".join(f"{count} {kind}s" for kind, count in row.get("planted", {}).items())
+        dead = ", ".join(
+            f"{count} {kind}{'s' * (count != 1)}" for kind, count in row.get("planted", {}).items()
+        )
         error = f"{row['max_rel_error']:.1e}" if "max_rel_error" in row else ""
         lines.append((name, *numbers, dead, error, _outcome(row)))
-    intro = (
-        f"{len(rows)} architectures with planted dead structure, compressed without alignment: {said}. "
-        "Sizes are elements of floating-point constants in the exported files; the floor is the file of the "
-        "network without its dead units.\n\n"
+    return _summary(rows) + table(header, lines)
+
+
+def _summary(rows: dict[str, dict[str, Any]]) -> str:
+    """Return how many of each outcome there are, and which, where it is not the floor."""
+    named: dict[str, list[str]] = {}
+    for name, row in rows.items():
+        named.setdefault(row["outcome"], []).append(name)
+    counts = [
+        f"- {len(names)} {outcome}{'' if outcome == 'at the floor' else ': ' + ', '.join(names)}\n"
+        for outcome, names in sorted(named.items(), key=lambda item: -len(item[1]))
+    ]
+    return (
+        f"{len(rows)} architectures with planted dead structure, compressed without alignment:\n\n"
+        f"{''.join(counts)}\n"
+        "Sizes are elements of floating-point constants in the exported files, equal ones counted once; the floor "
+        "is the file of the network without its dead units. The last column has the reasons of what is not at the "
+        "floor. The seconds in the JSON were measured on a machine that was busy with other work.\n\n"
     )
-    return intro + table(header, lines)
 
 
 def _outcome(row: dict[str, Any]) -> str:

@@ -113,7 +113,12 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ): _PINNED,
     ("movement", "slice_", "without constants='pass' in Pointwise"): _SAME,
     ("movement", "slice_", "'evaluate' for 'pass' in 'pass' in Pointwise"): _SAME,
-    ("movement", "_slice_bounds", "without if 'starts' in node.attributes:"): "refused for its missing input",
+    ("movement", "slice_", "without if 'starts' in node.attributes:"): "refused for its missing input",
+    (
+        "movement",
+        "tile",
+        "without if len(node.inputs) != TILE_INPUTS:",
+    ): "inference knows no shape there",
     ("normalization", "layer_normalization", "without constants='none' in Pointwise"): _UNIT,
     ("normalization", "layer_normalization", "'evaluate' for 'none' in 'none' in Pointwise"): _UNIT,
     ("normalization", "rms_normalization", "without constants='none' in Pointwise"): _UNIT,

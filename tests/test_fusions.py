@@ -137,6 +137,22 @@ def test_parts_compute_what_the_node_did(form):
     assert difference(run(case.model, case.feeds), run(again, case.feeds)) is None
 
 
+@pytest.mark.parametrize(("biased", "added"), [(True, 0), (False, 6)])
+def test_constants_go_into_the_bias_behind_a_residual(biased, added):
+    """What dead neurons gave is added in the bias of the fused norm, beyond the sum; on its own where there is none."""
+    net = Net(x=("N", 3, 6))
+    net.node("MatMul", ["x", net.rand(6, 8, dead=(1, 4), axis=1)], "h")
+    net.node("Add", ["h", net.rand(8)], "a")
+    net.node("Relu", ["a"], "r")
+    net.node("MatMul", ["r", net.rand(8, 6)], "m")
+    inputs = ["m", "x", net.rand(6), net.rand(6)] + ([net.rand(6)] if biased else [])
+    net.node("SkipLayerNormalization", inputs, "y", domain=MICROSOFT)
+    case = with_microsoft(net.case("y"))
+    ends = 12 + 6 * biased
+    assert gained(case) == (48 + 8 + 48 + ends, 36 + 6 + 36 + ends + added)
+    assert operators(shrunk(case.model))["SkipLayerNormalization"] == 1
+
+
 def test_a_broken_chain_stays_apart():
     """A node between two parts, or a second reader of one, is no fused node."""
     for change in ("between", "second reader"):

@@ -136,6 +136,18 @@ def test_a_weight_that_three_products_share():
     assert after <= before
 
 
+def test_a_weight_shared_by_what_could_lose_inputs_and_what_could_not():
+    """All inputs stay on both sides, though on one of them they are channels; the outputs go from the one weight."""
+    net = Net(x=(2, 6))
+    shared, reader = net.rand(6, 8), net.rand(8, 3, dead=(1, 4))
+    net.node("MatMul", ["x", net.rand(6, 6)], "h")
+    for name, source in (("a", "x"), ("b", "h")):
+        net.node("MatMul", [source, shared if name == "a" else "w1"], name)
+        net.node("Relu", [name], f"{name}r")
+        net.node("MatMul", [f"{name}r", reader if name == "a" else "w2"], f"{name}y")
+    assert gained(net.case("ay", "by")) == (36 + 48 + 24, 36 + 36 + 18)
+
+
 def test_a_filter_that_two_convolutions_share():
     """As for products."""
     net = Net(x=(2, 4, 9))

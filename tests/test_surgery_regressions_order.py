@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from onnx import numpy_helper
 from test_surgery_regressions import Net, gained
+
+from etp_deploy.surgery.state import coordinates
 
 
 def shuffled_groups():
@@ -101,3 +104,26 @@ def test_channels_beside_an_axis_that_is_indexed_at_will(indices, rank):
     net.node("Gather", ["y", np.array(indices)], "g", axis=2)
     net.node("Conv", ["g", net.rand(3, 4, *([1] * (rank - 2)))], "z")
     assert gained(net.case("z")) == (8 + 12, 6 + 9)
+
+
+def test_coordinates_of_large_layouts_with_single_entries_last():
+    """A filter of one by one is such a layout, and numpy 2.4 alone gets its coordinates wrong."""
+    shape = (9000, 2, 1, 1)
+    layout = np.arange(18000).reshape(shape)
+    first, second, *rest = coordinates(layout, shape)
+    assert np.array_equal(first, layout // 2)
+    assert np.array_equal(second, layout % 2)
+    assert not any(line.any() for line in rest)
+
+
+def test_a_filter_of_one_by_one_that_is_computed():
+    """A filter filled with one number, more than eight thousand rows of it, stays in its order."""
+    net = Net(x=(1, 2, 3, 3))
+    net.node(
+        "ConstantOfShape",
+        [np.array([9000, 2, 1, 1])],
+        "w",
+        value=numpy_helper.from_array(np.ones(1, np.float32)),
+    )
+    net.node("Conv", ["x", "w"], "y")
+    assert gained(net.case("y")) == (0, 0)

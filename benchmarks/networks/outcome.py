@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import TYPE_CHECKING, Any
 
 from etp_deploy.modelfile import read_model
@@ -15,11 +16,15 @@ if TYPE_CHECKING:
 
 
 def elements(path: Path) -> int:
-    """Return how many elements a file's floating-point constants have, single numbers left out.
+    """Return how many elements a file's floating-point constants have, equal ones counted once.
 
-    Single numbers (an epsilon, a scale) are one exporter's initializers and another's constants.
+    Single numbers are left out (an epsilon, a scale): they are one exporter's initializers and another's constants.
     """
-    return sum(int(tensor.size) for tensor in weights(read_model(path)) if tensor.size > 1)
+    arrays = (tensor.numpy() for tensor in weights(read_model(path)) if tensor.size > 1)
+    found = {
+        (array.dtype, array.shape, hashlib.sha256(array.tobytes()).digest()): array.size for array in arrays
+    }
+    return sum(found.values())
 
 
 def outcome(report: CompressionReport, sizes: Sequence[int], planted: dict[str, int]) -> dict[str, Any]:

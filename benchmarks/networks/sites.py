@@ -332,7 +332,11 @@ def _is_convolution(module: Any) -> bool:
 
 
 def _is_padded(module: Any) -> bool:
-    return _is_convolution(module) and any(bool(size) for size in module.padding)
+    if not _is_convolution(module):
+        return False
+    if isinstance(module.padding, str):
+        return bool(module.padding == "same" and max(module.kernel_size) > 1)
+    return any(bool(size) for size in module.padding)
 
 
 def _choose_carrier(net: nn.Module, place: Place, constants: Mapping[str, torch.Tensor]) -> None:

@@ -102,11 +102,23 @@ def open_bodies(model: ir.Model) -> None:
     for node in list(model.graph.all_nodes()):
         for index, value in enumerate(node.inputs if bodies(node) else ()):
             if value is not None and is_parameter(value) and _may_shrink(value):
-                entrance = _identity(value, f"{value.name}_into_{node.name or node.op_type}_{index}")
-                entrance.meta[_ENTRANCE] = True
-                assert isinstance(node.graph, ir.Graph)
-                node.graph.insert_before(node, entrance)
-                node.replace_input_with(index, entrance.outputs[0])
+                _enter(node, index, value)
+
+
+def open_copies(graph: ir.Graph) -> None:
+    """Give initializers to what repeats them behind an Identity: that is read as computed, and its channels can go."""
+    for node in list(graph.all_nodes()):
+        value = node.inputs[0] if node.op_type in {"Expand", "Tile"} and node.domain == "" else None
+        if value is not None and is_parameter(value) and _may_shrink(value):
+            _enter(node, 0, value)
+
+
+def _enter(node: ir.Node, index: int, value: ir.Value) -> None:
+    entrance = _identity(value, f"{value.name}_into_{node.name or node.op_type}_{index}")
+    entrance.meta[_ENTRANCE] = True
+    assert isinstance(node.graph, ir.Graph)
+    node.graph.insert_before(node, entrance)
+    node.replace_input_with(index, entrance.outputs[0])
 
 
 def _may_shrink(value: ir.Value) -> bool:
@@ -124,7 +136,7 @@ def _identity(value: ir.Value, name: str) -> ir.Node:
 
 
 def release_bodies(graph: ir.Graph) -> None:
-    """Take out again what stands between initializers and bodies."""
+    """Take out again what stands between initializers and bodies, or copies."""
     for node in list(graph.all_nodes()):
         if node.op_type == "Identity" and node.meta.get(_ENTRANCE):
             initializer = node.inputs[0]

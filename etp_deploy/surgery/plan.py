@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from etp_deploy.surgery.analysis import read, solve
+from etp_deploy.surgery.copies import is_copy
 from etp_deploy.surgery.shapes import frame_dims, is_parameter, single_label
 from etp_deploy.surgery.state import Cause
 from etp_deploy.surgery.statements.attention import Attention
-from etp_deploy.surgery.statements.base import array_of, cut_size, taken
+from etp_deploy.surgery.statements.base import PickInput, SliceInput, array_of, cut_size, taken
 from etp_deploy.surgery.statements.contraction import Contraction
 from etp_deploy.surgery.statements.moves import Reshape
 from etp_deploy.surgery.statements.pointwise import Pointwise
@@ -88,7 +89,7 @@ def plan(graph: ir.Graph, fill: Fill | None = None) -> tuple[RemovalPlan, Analys
     while _pin_grown(analysis, edits) or _pin_unstorable(analysis, edits):
         solve(analysis, fill)
         edits = _edits(analysis)
-    return RemovalPlan(edits, tuple(layers(analysis))), analysis
+    return RemovalPlan(_kept_whole(edits), tuple(layers(analysis))), analysis
 
 
 def _edits(analysis: Analysis) -> NodeEdits:
@@ -98,6 +99,20 @@ def _edits(analysis: Analysis) -> NodeEdits:
 
 def _pin_grown(analysis: Analysis, edits: NodeEdits) -> bool:
     """Pin what reads a shared initializer whose different cuts would hold more than it does; say if any was."""
+    pinned = False
+    text = "its constant is shared with other nodes, and what each could lose differs, at"
+    for nodes in _grown(edits).values():
+        if all(is_copy(node) for node in nodes):
+            continue  # see `_kept_whole`
+        for node in nodes:
+            cause = Cause(text, node, spare=True)
+            for tensor in (*node.inputs, *node.outputs):
+                pinned |= analysis.state.grow(tensor, np.ones((), bool), cause)
+    return pinned
+
+
+def _grown(edits: NodeEdits) -> dict[ir.Value, list[ir.Node]]:
+    """Return the shared initializers whose different cuts would hold more than they do, and what cuts them."""
     cuts: dict[ir.Value, dict[ir.Node, tuple[int, bytes]]] = {}
     for node, changes in edits:
         for change in changes:
@@ -105,19 +120,33 @@ def _pin_grown(analysis: Analysis, edits: NodeEdits) -> bool:
             value = node.inputs[index] if index is not None and index < len(node.inputs) else None
             if value is not None and _shared_weight(value):
                 cuts.setdefault(value, {})[node] = cut_size(change, value)
-    pinned = False
-    text = "its constant is shared with other nodes, and what each could lose differs, at"
+    grown = {}
     for value, by_node in cuts.items():
         assert value.const_value is not None
         untouched = any(node not in by_node for node, _ in value.uses())
         total = sum(size for size, _ in set(by_node.values())) + (value.const_value.size if untouched else 0)
-        if total <= value.const_value.size:
-            continue
-        for node in by_node:
-            cause = Cause(text, node, spare=True)
-            for tensor in (*node.inputs, *node.outputs):
-                pinned |= analysis.state.grow(tensor, np.ones((), bool), cause)
-    return pinned
+        if total > value.const_value.size:
+            grown[value] = list(by_node)
+    return grown
+
+
+def _kept_whole(edits: NodeEdits) -> NodeEdits:
+    """Let readers that were one before `part_copies` pick from the initializer instead of cutting it for each."""
+    grown = {value for value, nodes in _grown(edits).items() if all(is_copy(node) for node in nodes)}
+    if not grown:
+        return edits
+    return tuple(
+        (
+            node,
+            tuple(
+                PickInput(change.index, change.takes)
+                if isinstance(change, SliceInput) and node.inputs[change.index] in grown
+                else change
+                for change in changes
+            ),
+        )
+        for node, changes in edits
+    )
 
 
 def _pin_unstorable(analysis: Analysis, edits: NodeEdits) -> bool:

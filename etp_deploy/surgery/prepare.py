@@ -28,11 +28,13 @@ from etp_deploy.surgery.boundaries import (
     hide_unknown,
     name_apart,
     open_bodies,
+    open_copies,
     open_returns,
     own_initializers,
     rebind,
     remove_unused,
 )
+from etp_deploy.surgery.copies import part_copies
 from etp_deploy.surgery.equations import spell_out
 from etp_deploy.surgery.fusions import take_apart
 from etp_deploy.surgery.projections import open_projections
@@ -65,6 +67,7 @@ def prepare(model: ir.Model) -> ir.Model:
     name_apart(model)
     take_apart(model.graph, constant)
     open_bodies(model)
+    open_copies(model.graph)
     forget_body_inputs(model)
     unpack(model.graph, constant)
     changed = True
@@ -79,6 +82,7 @@ def prepare(model: ir.Model) -> ir.Model:
     absorbed = absorb_padding(graph) | omit_zero_states(graph) | omit_expansions(graph, shape_data)
     if absorbed | expand_tiles(graph) | spell_out(graph):
         remove_unused(model)
+    part_copies(graph)
     return model
 
 

@@ -235,7 +235,7 @@ def _rebuild_target(
     target = node.inputs[index]
     if target is None or target.metadata_props.get(_RESOLVED) == wording:
         return False  # nothing more became known since the last round
-    pieces = list(_pieces(graph, values, sources))
+    pieces = list(_pieces(graph, values, sources, target))
     if None in pieces:
         return False
     if reshape:
@@ -322,16 +322,46 @@ def _insert(graph: ir.Graph, node: ir.Node, name: str, size: int) -> ir.Value:
 
 
 def _pieces(
-    graph: ir.Graph, values: list[int | Size], sources: dict[str, tuple[ir.Value, int]]
+    graph: ir.Graph,
+    values: list[int | Size],
+    sources: dict[str, tuple[ir.Value, int]],
+    target: ir.Value,
 ) -> Iterator[int | ir.Value | None]:
-    """Yield what each entry is: a number, a size read from one of the graph's inputs, or None if neither."""
-    for size in values:
+    """Yield what each entry is: a number, a size read from a graph's input or the old target, or None if neither."""
+    open_ = _entries_open(graph, values, target)
+    for position, size in enumerate(values):
         if isinstance(size, int):
             yield size
         elif str(size) in sources:
             yield _read_size(graph, *sources[str(size)])
+        elif open_:
+            yield _read_entry(graph, target, position)
         else:
             yield None
+
+
+def _entries_open(graph: ir.Graph, values: list[int | Size], target: ir.Value) -> bool:
+    """Return whether entries may be read from a target: in the main graph, where others are numbers of channels.
+
+    What is concatenated already is as good as it gets.
+    """
+    producer = target.producer()
+    return (
+        producer is not None
+        and producer.graph is graph
+        and producer.op_type != "Concat"
+        and any(isinstance(size, int) and size > 1 for size in values)
+    )
+
+
+def _read_entry(graph: ir.Graph, target: ir.Value, position: int) -> ir.Value:
+    """Return one entry of a tensor of sizes as a tensor of one entry."""
+    known: dict[object, ir.Value] = graph.meta.setdefault(_SIZES, {})
+    if not _present(known.get((target, position)), graph):
+        name = f"{target.name}_entry_{position}"
+        where = constant(graph, np.array([position], np.int64), f"{name}_place")
+        known[target, position] = _insert(graph, ir.node("Gather", [target, where], {"axis": 0}), name, 1)
+    return known[target, position]
 
 
 def _read_size(graph: ir.Graph, value: ir.Value, axis: int) -> ir.Value:

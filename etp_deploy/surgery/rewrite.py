@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from etp_deploy.errors import PlanError
 from etp_deploy.surgery.boundaries import name_apart, release_bodies, remove_unused
+from etp_deploy.surgery.copies import join_copies
 from etp_deploy.surgery.fusions import put_together
 from etp_deploy.surgery.projections import close_projections
 from etp_deploy.surgery.resolve import constant
@@ -20,6 +21,7 @@ from etp_deploy.surgery.statements.base import (
     Edit,
     FreeShape,
     GatherInput,
+    PickInput,
     SetAttribute,
     SetInput,
     SetShape,
@@ -97,6 +99,8 @@ class Rewriter:
                 self._set_input(node, index, array)
             case SliceInput(index, takes):
                 self._slice_input(node, index, takes)
+            case PickInput(index, takes):
+                self._pick_input(node, index, takes)
             case GatherInput(index, split, indices, merged):
                 array = self._array(node, index).reshape(split)[indices].reshape(merged)
                 self._set_input(node, index, array)
@@ -187,6 +191,19 @@ class Rewriter:
             self._takes[old, lines] = self._taken(old, takes, name)
         node.replace_input_with(index, self._takes[old, lines])
 
+    def _pick_input(self, node: ir.Node, index: int, takes: tuple[tuple[int, np.ndarray], ...]) -> None:
+        """Gather from an initializer, which the runtime does once when it loads the model."""
+        value = node.inputs[index]
+        assert value is not None
+        for axis, line in takes:
+            places = self.shared(f"{value.name}_picked", line.astype(np.int64))
+            picked = ir.node("Gather", [value, places], {"axis": axis})
+            out = picked.outputs[0]
+            out.name, out.type = f"{value.name}_{axis}_for_{node.outputs[0].name}", value.type
+            graph_of(node).insert_before(node, picked)
+            value = out
+        node.replace_input_with(index, value)
+
     def _taken(self, old: ir.Value, takes: tuple[tuple[int, np.ndarray], ...], name: str) -> ir.Value:
         """Add an initializer that is cut when it is written, so that no two cuts are in memory at once."""
         source = old.const_value
@@ -208,7 +225,7 @@ class Rewriter:
             else self.shared(name, tensor.numpy())
         )
 
-    def _set_shape(self, node: ir.Node, index: int, sizes: tuple[tuple[Size, bool], ...]) -> None:
+    def _set_shape(self, node: ir.Node, index: int, sizes: tuple[tuple[Size, Size], ...]) -> None:
         target = node.inputs[index]
         assert target is not None
         literal = array_of(target)
@@ -221,16 +238,31 @@ class Rewriter:
                 "a target shape is computed in a way that cannot be changed", where=node.name or ""
             )
         parts = [
-            constant(self.graph, np.array([size.coefficient], np.int64), f"{target.name}_{position}")
-            if changed and size.static is not None
-            else part
-            for position, (part, (size, changed)) in enumerate(zip(concat.inputs, sizes, strict=True))
+            part if size == old else self._set_entry(node, part, size, old, f"{target.name}_{position}")
+            for position, (part, (size, old)) in enumerate(zip(concat.inputs, sizes, strict=True))
         ]
         fresh = ir.node("Concat", parts, {"axis": 0})
         fresh.outputs[0].name = f"{target.name}_{node.outputs[0].name}"
         fresh.outputs[0].type, fresh.outputs[0].shape = target.type, target.shape
         graph_of(node).insert_before(node, fresh)
         node.replace_input_with(index, fresh.outputs[0])
+
+    def _set_entry(
+        self, node: ir.Node, part: ir.Value | None, size: Size, old: Size, name: str
+    ) -> ir.Value | None:
+        """Return what stands for a size that changed: a number, or a computed one's share that stays."""
+        if size.static is not None:
+            return constant(self.graph, np.array([size.coefficient], np.int64), name)
+        if array_of(part) is not None:
+            return part  # -1 or 0, which the runtime works out
+        for operator, number in (("Div", old.coefficient), ("Mul", size.coefficient)):
+            operand = constant(self.graph, np.array([number], np.int64), f"{name}_{number}")
+            made = ir.node(operator, [part, operand])
+            part = made.outputs[0]
+            part.name = f"{name}_{node.outputs[0].name}_{operator}"
+            part.type, part.shape = ir.TensorType(ir.DataType.INT64), ir.Shape([1])
+            graph_of(node).insert_before(node, made)
+        return part
 
     def _set_slice(self, node: ir.Node, edit: SetSlice) -> None:
         starts, stops = self._array(node, 1).copy(), self._array(node, 2).copy()
@@ -253,19 +285,13 @@ class Rewriter:
         """Add into the bias that follows (a Linear is MatMul and Add), or behind the node where there is none."""
         out = node.outputs[0]
         rank = len(out.shape or ())
-        users = list(out.uses())
-        if (
-            len(users) == 1
-            and not out.is_graph_output()
-            and users[0][0].op_type == "Add"
-            and edit.axis == rank - 1
-        ):
-            user, place = users[0]
-            other = array_of(user.inputs[1 - place])
-            if other is not None and other.ndim == 1 and other.shape == edit.vector.shape:
-                total = (other.astype(np.float64) + edit.vector.astype(np.float64)).astype(other.dtype)
-                self._set_input(user, 1 - place, total)
-                return
+        found = _bias_behind(out, edit.vector.shape) if edit.axis == rank - 1 else None
+        if found is not None:
+            user, place = found
+            other = self._array(user, place)
+            total = (other.astype(np.float64) + edit.vector.astype(np.float64)).astype(other.dtype)
+            self._set_input(user, place, total)
+            return
         shape = [1] * (rank - edit.axis)
         shape[0] = -1
         vector = self.shared(f"{out.name}_constant", edit.vector.reshape(shape))
@@ -277,7 +303,10 @@ class Rewriter:
         if edit.offset is not None and edit.scale == 1.0 and self._joined(out, edit.offset):
             return
         if edit.offset is not None:  # added second, so inserted first
-            offset = constant(self.graph, edit.offset.astype(dtype), f"{out.name}_offset")
+            array = edit.offset.astype(dtype)
+            if (array == array.flat[0]).all():
+                array = array.reshape(-1)[:1].reshape((1,) * array.ndim)
+            offset = constant(self.graph, array, f"{out.name}_offset")
             self._insert_after(out, "Add", offset, "offset")
         if edit.scale != 1.0:
             scale = constant(self.graph, np.array(edit.scale, dtype), f"{out.name}_scale")
@@ -318,6 +347,21 @@ class Rewriter:
         graph.insert_after(producer, added)
 
 
+def _bias_behind(value: ir.Value, shape: tuple[int, ...]) -> tuple[ir.Node, int] | None:
+    """Return the sum that takes a vector of constants, and where; other sums may lie between (a residual's)."""
+    while True:
+        users = list(value.uses())
+        if len(users) != 1 or value.is_graph_output():
+            return None
+        user, place = users[0]
+        if user.op_type != "Add" or user.domain != "":
+            return None
+        other = array_of(user.inputs[1 - place])
+        if other is not None and other.shape == shape:
+            return user, 1 - place
+        value = user.outputs[0]
+
+
 def _trimmed(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Return a shape without the axes of size 1 in front, which broadcasting adds anyway."""
     return () if not shape else shape if shape[0] != 1 else _trimmed(shape[1:])
@@ -335,11 +379,11 @@ def _attribute(name: str, value: float | tuple[int, ...]) -> ir.Attr:
     return ir.AttrInt64(name, value) if isinstance(value, int) else ir.AttrFloat32(name, value)
 
 
-def _new_literal(literal: np.ndarray, sizes: tuple[tuple[Size, bool], ...], node: ir.Node) -> np.ndarray:
+def _new_literal(literal: np.ndarray, sizes: tuple[tuple[Size, Size], ...], node: ir.Node) -> np.ndarray:
     """Return a constant target with the changed entries replaced."""
     values = [int(entry) for entry in literal]
-    for position, (size, changed) in enumerate(sizes):
-        if not changed or values[position] == -1:
+    for position, (size, old) in enumerate(sizes):
+        if size == old or values[position] == -1:
             continue
         if size.static is not None:
             values[position] = size.coefficient
@@ -360,6 +404,7 @@ def rewrite(model: ir.Model, edits: Sequence[tuple[ir.Node, tuple[Edit, ...]]]) 
     rewriter.apply(edits)
     close_projections(model.graph, rewriter.shared)
     put_together(model.graph)
+    join_copies(model.graph)
     for value in (value for node in model.graph.all_nodes() for value in node.outputs):
         if not value.is_graph_output():
             value.shape = None

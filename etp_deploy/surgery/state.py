@@ -200,7 +200,9 @@ def closure(mask: np.ndarray) -> np.ndarray:
 
 def coordinates(layout: np.ndarray, shape: tuple[int, ...]) -> list[np.ndarray]:
     """Return a layout's coordinate along each dimension of the frame, each with the layout's shape."""
-    return list(np.unravel_index(layout, shape)) if shape else []
+    # flat: numpy 2.4 is wrong on large arrays whose last dimensions are 1
+    lines = np.unravel_index(layout.reshape(-1), shape) if shape else ()
+    return [line.reshape(layout.shape) for line in lines]
 
 
 def agree(one: np.ndarray, other: np.ndarray) -> bool:

@@ -18,6 +18,7 @@ import onnx_ir as ir
 
 from etp_deploy.surgery.evaluate import evaluate
 from etp_deploy.surgery.shapes import is_parameter
+from etp_deploy.surgery.state import coordinates
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -138,9 +139,9 @@ class Stored:
         """Return positions in a transposed weight as positions in what was transposed."""
         permutation = _permutation(step, positions.ndim)
         inner = self.entries.shape
-        coordinates = np.unravel_index(positions, tuple(inner[axis] for axis in permutation))
+        found = coordinates(positions, tuple(inner[axis] for axis in permutation))
         flat = np.ravel_multi_index(
-            tuple(coordinates[permutation.index(axis)] for axis in range(len(inner))), inner
+            tuple(found[permutation.index(axis)] for axis in range(len(inner))), inner
         )
         return np.transpose(flat, np.argsort(permutation))
 

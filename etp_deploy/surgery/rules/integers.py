@@ -154,10 +154,12 @@ def qlinear_conv(node: ir.Node) -> Statement:
         example(
             _DATA[0], weight(6, 4, 3, 3, dtype=BYTES), at_zero(1), at_zero(0, 1, 2, 3, 0, 1), removable=False
         ),
+        example(_DATA[0], computed(6, 4, 3, 3, dtype=BYTES), removable=False),
     ),
 )
 def conv_integer(node: ir.Node) -> Statement:
     """y[n, o, ...] = sum_i,k (x[n, i, ... + k] - zero) * (w[o, i, k] - w_zero[o])"""
+    constant_at(node, 1, "the weight is")
     if input_at(node, 3) is not None:
         one_entry(node, 3, "the weight's zero point is")
     return IntegerContraction(

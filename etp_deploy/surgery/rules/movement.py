@@ -20,7 +20,7 @@ from etp_deploy.surgery.rules.common import (
 from etp_deploy.surgery.rules.registry import RefusedError, rule
 from etp_deploy.surgery.statements.base import array_of
 from etp_deploy.surgery.statements.fill import Fill
-from etp_deploy.surgery.statements.moves import Expand, Permute, Reshape
+from etp_deploy.surgery.statements.moves import Expand, Permute, Reshape, Tile
 from etp_deploy.surgery.statements.opaque import Opaque
 from etp_deploy.surgery.statements.pointwise import Pointwise
 from etp_deploy.surgery.statements.select import Select
@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 
     from etp_deploy.surgery.statements.base import Statement
     from etp_deploy.surgery.statements.pointwise import AxisMap
+
+# with the number of repetitions of each axis; before it was one axis's
+TILE_INPUTS = 2
 
 
 @rule(
@@ -89,6 +92,23 @@ def expand(node: ir.Node) -> Statement:
     if single is not None and single.size == 1:
         return Fill(node, 1, single)
     return Expand(node)
+
+
+@rule(
+    "Tile",
+    examples=(
+        example(computed(2, 6, 4), literal([3, 1, 1])),
+        example(computed(2, 6, 4), literal([1, 2, 1])),
+        example(computed(2, 1, 4), literal([2, 3, 1])),
+        example(computed(2, 6, 4), indices(3, below=3)),
+        example(computed(2, 6, 4), literal(2), literal(1), opset=5, removable=False),
+    ),
+)
+def tile(node: ir.Node) -> Statement:
+    """y[..., r * n + i, ...] = x[..., i, ...], n being the size of x along an axis"""
+    if len(node.inputs) != TILE_INPUTS:
+        raise RefusedError("a Tile of an opset before 6")
+    return Tile(node)
 
 
 @rule(
@@ -242,13 +262,20 @@ def split(node: ir.Node) -> Statement:
         example(
             computed(2, 6, 4), literal([-1]), literal([-7]), literal([1]), literal([-1]), removable=False
         ),
-        example(computed(2, 6, 4), indices(1, below=2), literal([5]), literal([1]), removable=False),
+        example(computed(2, 6, 4), indices(1, below=2), literal([5]), literal([1])),
+        example(computed(2, 6, 4), literal([0]), indices(1, below=6), literal([-2])),
+        example(weight(6, 5), indices(1, below=2), literal([5]), literal([1])),
+        example(computed(6, 4), indices(2, below=2), literal([5, 3]), removable=False),
         example(computed(2, 6, 4), starts=[1], ends=[5], axes=[1], opset=9, removable=False),
     ),
 )
 def slice_(node: ir.Node) -> Statement:
     """y[..., j, ...] = x[..., start + j * step, ...]"""
     data = node.inputs[0]
+    if "starts" in node.attributes:  # opset 9 and before
+        raise RefusedError("a Slice of an opset before 10")
+    if array_of(input_at(node, 1)) is None or array_of(input_at(node, 2)) is None:
+        return _cut_while_running(node)
     axes, bounds = _slice_bounds(node, rank(data))
     sliced = [axis for axis in axes if _cuts(node, axis, bounds[axis])]
     if not sliced:
@@ -263,12 +290,25 @@ def slice_(node: ir.Node) -> Statement:
     return Select(node, axis, [[(0, np.arange(size)[slice(start, stop, step)])]], how="slice")
 
 
+def _cut_while_running(node: ir.Node) -> Statement:
+    """Leave alone the axes that are cut somewhere, and hand on all others."""
+    data, cut = node.inputs[0], {normal_axis(int(axis), rank(node.inputs[0])) for axis in _named_axes(node)}
+    axes = same_axes(rank(data), *cut)
+    own = tuple(axis for axis in axes if axis is not None) if array_of(data) is not None else ()
+    return Pointwise(node, {0: axes}, constants="pass", whole="sliced along", fresh=own)
+
+
+def _named_axes(node: ir.Node) -> np.ndarray:
+    """Return the axes that a Slice has bounds for."""
+    if input_at(node, 3) is not None:
+        return constant_at(node, 3, "its axes are")
+    return np.arange(static(input_at(node, 1), 0))
+
+
 def _slice_bounds(node: ir.Node, axes: int) -> tuple[list[int], dict[int, tuple[int, int, int]]]:
     """Return the axes that are sliced and, for each, start, stop and step as numpy takes them."""
-    if "starts" in node.attributes:  # opset 9 and before
-        raise RefusedError("a Slice of an opset before 10")
     starts, stops = constant_at(node, 1, "its start is"), constant_at(node, 2, "its end is")
-    named = constant_at(node, 3, "its axes are") if input_at(node, 3) is not None else np.arange(len(starts))
+    named = _named_axes(node)
     steps = (
         constant_at(node, 4, "its steps are") if input_at(node, 4) is not None else np.ones(len(starts), int)
     )

@@ -37,6 +37,14 @@ class SliceInput:
 
 
 @dataclass(frozen=True)
+class PickInput:
+    """Leave an initializer whole for its other readers; this one takes these indices along each axis named."""
+
+    index: int
+    takes: tuple[tuple[int, np.ndarray], ...]
+
+
+@dataclass(frozen=True)
 class GatherInput:
     """Cut an initializer input whose axes cannot be cut one by one: `array.reshape(split)[indices].reshape(merged)`."""
 
@@ -73,10 +81,10 @@ class SetAttribute:
 
 @dataclass(frozen=True)
 class SetShape:
-    """Rewrite the entries of a target shape whose axes changed; each axis's new size, and whether it changed."""
+    """Rewrite the entries of a target shape whose axes changed; each axis's new size, and the one before."""
 
     index: int
-    sizes: tuple[tuple[Size, bool], ...]
+    sizes: tuple[tuple[Size, Size], ...]
 
 
 @dataclass(frozen=True)
@@ -120,6 +128,7 @@ class Bypass:
 Edit = (
     SetInput
     | SliceInput
+    | PickInput
     | GatherInput
     | TakeEntries
     | SetAttribute
@@ -232,14 +241,20 @@ def array_of(value: ir.Value | None) -> np.ndarray | None:
     return unshared(value.const_value).numpy()
 
 
-def new_sizes(structure: Structure, reduced: tuple[int, ...]) -> tuple[tuple[Size, bool], ...]:
-    """Return each axis's size after the removal, and whether it changed."""
+def writable(target: ir.Value | None) -> bool:
+    """Return whether the entries of a target shape can be changed one by one."""
+    producer = None if target is None else target.producer()
+    return array_of(target) is not None or (producer is not None and producer.op_type == "Concat")
+
+
+def new_sizes(structure: Structure, reduced: tuple[int, ...]) -> tuple[tuple[Size, Size], ...]:
+    """Return each axis's size after the removal, and before."""
     sizes = []
     for axis, factors in enumerate(structure):
         size = ONE
         for factor, dim in zip(factors, frame_dims(structure, axis), strict=True):
             size = size * (Size(reduced[dim]) if factor.labelled else factor.size)
-        sizes.append((size, size != axis_size(factors)))
+        sizes.append((size, axis_size(factors)))
     return tuple(sizes)
 
 

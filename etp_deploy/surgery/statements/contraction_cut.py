@@ -144,7 +144,7 @@ class CutContraction(Contracted):
         if stored(self.node.inputs[weight.index]) is not None:
             yield self._entries_edit(state, channels)
         elif weight.groups == 1 and carried is None and self._silent is None:
-            yield self._plain_cut(state, channels)
+            yield from self._plain_cut(state, channels)
         else:
             grouped = weight.grouped(self._array())
             if self._silent is not None:
@@ -184,14 +184,20 @@ class CutContraction(Contracted):
             by_label[group, :, carrier] += np.einsum("oi...,i->o...", by_label[group][:, removed], scale)
         return grouped.astype(self._array().dtype)
 
-    def _plain_cut(self, state: State, channels: np.ndarray) -> SliceInput:
-        """Say which outputs and inputs to take, so that the cut can be made as the weight is written."""
+    def _plain_cut(self, state: State, channels: np.ndarray) -> Iterator[Edit]:
+        """Say which outputs and inputs to take, so that the cut can be made as the weight is written.
+
+        An axis of which all stays is not named: two cuts of a shared weight are the same if what they leave is.
+        """
         takes = []
         if self._out_frame[self._out_dim] > 1 and len(channels) < self.reads.shape[1]:
             takes.append((self.weight.out, channels))
         if self._data_dims:
-            takes.append((self.weight.contracted, merged_places(self._axis, self._input_order(state))))
-        return SliceInput(self.weight.index, tuple(takes))
+            places = merged_places(self._axis, self._input_order(state))
+            if not np.array_equal(places, np.arange(self._array().shape[self.weight.contracted])):
+                takes.append((self.weight.contracted, places))
+        if takes:
+            yield SliceInput(self.weight.index, tuple(takes))
 
     def _cut(self, state: State, grouped: np.ndarray, channels: np.ndarray) -> np.ndarray:
         per_output, per_input = self.reads.shape[1], self.reads.shape[2]

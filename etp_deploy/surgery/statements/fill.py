@@ -11,10 +11,10 @@ from etp_deploy.surgery.statements.base import (
     Edit,
     SetShape,
     Statement,
-    array_of,
     floating,
     new_sizes,
     set_plain,
+    writable,
 )
 
 if TYPE_CHECKING:
@@ -43,10 +43,7 @@ class Fill(Statement):
     def structure(self, state: State) -> None:
         """Every axis of a known size is labelled, where the shape is one that can be rewritten."""
         shape = self.out.shape
-        given = self.node.inputs[self.target]
-        producer = None if given is None else given.producer()
-        writable = array_of(given) is not None or (producer is not None and producer.op_type == "Concat")
-        if shape is None or not writable or not floating(self.value.dtype):
+        if shape is None or not writable(self.node.inputs[self.target]) or not floating(self.value.dtype):
             set_plain(state, self.out)
             return
         base = plain(shape)

@@ -151,7 +151,7 @@ class Slots:
     def laid(self, grid: np.ndarray) -> np.ndarray:
         """Return the layout of a tensor, labelled along axes of heads alone, whose positions stand like a grid."""
         first = tuple(slice(0, 1) if self.frame[dim] == 1 else slice(None) for dim in self.dims)
-        found = np.unravel_index(grid[first], self.sizes)
+        found = coordinates(grid[first], self.sizes)
         coords = [np.zeros((), np.int64)] * len(self.frame)
         shape = [1] * len(self.frame)
         for place, dim in enumerate(self.dims):

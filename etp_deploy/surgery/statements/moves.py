@@ -28,13 +28,15 @@ from etp_deploy.surgery.statements.base import (
     default_layout,
     new_sizes,
     set_plain,
+    writable,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     import onnx_ir as ir
 
+    from etp_deploy.surgery.shapes import Structure
     from etp_deploy.surgery.state import State
 
 
@@ -66,8 +68,17 @@ class Move(Statement):
         state.pin(self.data, None, reason, self.node)
         set_plain(state, self.out)
 
+    def sums_along(self, axis: int) -> int | None:
+        """Return the output axis whose entries are those along an input axis, none of them left out or repeated."""
+        del axis
+        return None
+
     def constants(self, state: State) -> None:
-        """Constants move with their channels."""
+        """Constants move with their channels, and entries that sum to one with their axis."""
+        summed = state.stochastic.get(self.data)
+        place = None if summed is None else self.sums_along(summed)
+        if place is not None:
+            state.stochastic[self.out] = place
         constant = state.constant(self.data)
         if constant is not None and self.active:
             state.set_constant(self.out, self.forward(constant.known), self.forward(constant.value))
@@ -141,6 +152,14 @@ class Reshape(Move):
         """As `forward`."""
         return array.reshape(self._data_frame)
 
+    def sums_along(self, axis: int) -> int | None:
+        """The axis of the same size with the same axes behind it."""
+        if self.data.shape is None or self.out.shape is None:
+            return None
+        behind = [Size.of(dim) for dim in self.data.shape][axis:]
+        sizes = [Size.of(dim) for dim in self.out.shape]
+        return len(sizes) - len(behind) if sizes[-len(behind) :] == behind else None
+
     def repair(self, state: State) -> bool:
         """An axis that is split in two keeps equally many indices of the second for each of the first."""
         if not self.active:
@@ -205,6 +224,10 @@ class Permute(Move):
         state.set_structure(self.out, tuple(structure[axis] for axis in self.perm))
         self.order = [dim for axis in self.perm for dim in frame_dims(structure, axis)]
 
+    def sums_along(self, axis: int) -> int | None:
+        """Where the axis stands afterwards."""
+        return self.perm.index(axis)
+
     def forward(self, array: np.ndarray) -> np.ndarray:
         """Permute the frame's dimensions as the axes are."""
         return np.transpose(array, self.order)
@@ -226,22 +249,30 @@ class Expand(Move):
         if not any(has_labels(axis) for axis in structure) and not self._routes():
             set_plain(state, self.out)
             return
-        self.active = True
+        if not writable(self.node.inputs[1]):
+            self.give_up(state, "its target shape is computed while the model runs")
+            return
         added = len(shape) - len(structure)
-        padded: tuple[Axis, ...] = ((Factor(ONE),),) * added + structure
-        axes = []
-        for axis, base in zip(padded, plain(shape), strict=True):
-            copies = axis_size(base).static
-            repeated = axis_size(axis) == ONE and copies is not None and copies > 1
-            axes.append(
-                labelled(copies)
-                if repeated and copies is not None
-                else (axis if axis_size(axis) != ONE else base)
-            )
-        state.set_structure(self.out, tuple(axes))
-        self._added = sum(len(axis) for axis in padded[:added])
-        self._data_frame = frame(structure)
-        self._out_frame = frame(tuple(axes))
+        axes: list[Axis] = []
+        sources: list[int | None] = []
+        for place, base in enumerate(plain(shape)):
+            own = place - added
+            single = own < 0 or axis_size(structure[own]) == ONE
+            axes.append(_copies(base) if single else structure[own])
+            sources += [None] * len(axes[-1]) if single else frame_dims(structure, own)
+        self._become(state, structure, tuple(axes), sources)
+
+    def _become(
+        self, state: State, structure: Structure, axes: Structure, sources: Sequence[int | None]
+    ) -> None:
+        """Set the output's structure; each dimension of its frame comes from the data's, or is new."""
+        self.active = True
+        state.set_structure(self.out, axes)
+        self._sources = sources
+        self._data_frame, self._out_frame = frame(structure), frame(axes)
+        self._repeated = tuple(
+            dim for dim, source in enumerate(sources) if source is None and self._out_frame[dim] > 1
+        )
 
     def _routes(self) -> bool:
         """Return whether the copies only say where entries go, one for each channel that is moved."""
@@ -253,25 +284,30 @@ class Expand(Move):
             and all((user.op_type, place) in ROUTES for user, place in uses)
         )
 
+    def _lift(self, array: np.ndarray) -> np.ndarray:
+        """Bring an array over the data's frame, whole or reduced, into the output's dimensions, new ones being 1."""
+        return array.reshape([1 if source is None else array.shape[source] for source in self._sources])
+
     def forward(self, array: np.ndarray) -> np.ndarray:
         """Repeat along the new dimensions."""
-        return np.broadcast_to(array.reshape((1,) * self._added + array.shape), self._out_frame)
+        return np.broadcast_to(self._lift(array), self._out_frame)
 
     def backward(self, array: np.ndarray) -> np.ndarray:
         """A position is kept if any of its copies is."""
-        lifted = (1,) * self._added + self._data_frame
-        repeated = tuple(dim for dim, extent in enumerate(lifted) if extent == 1 and array.shape[dim] > 1)
-        return array.any(axis=repeated, keepdims=True).reshape(self._data_frame)
+        return np.asarray(array.any(axis=self._repeated, keepdims=True).reshape(self._data_frame))
 
     def spread(self, state: State) -> None:
         """A copy that stays in part keeps the positions that the original keeps."""
-        if not self.active:
+        if not self.active or not self._repeated:
+            super().spread(state)
             return
         out = state.mask(self.out)
         state.grow(self.data, self.backward(out), Cause("repeated from here by", self.node, self.out))
-        lifted = (1,) * self._added + self._data_frame
+        # dimensions inside each copy, after the repeated one
         copied = tuple(
-            dim for dim, extent in enumerate(lifted) if extent > 1 and self._within_copy(dim, out.shape)
+            dim
+            for dim in range(self._repeated[0], out.ndim)
+            if self._sources[dim] is not None and out.shape[dim] > 1
         )
         rows = out.any(axis=copied, keepdims=True) if copied else out
         state.grow(
@@ -280,39 +316,34 @@ class Expand(Move):
             Cause("repeated to here by", self.node, self.data),
         )
 
-    def _within_copy(self, dim: int, shape: tuple[int, ...]) -> bool:
-        """Whether a dimension lies inside each copy (after the repeated one)."""
-        lifted = (1,) * self._added + self._data_frame
-        repeated = [other for other, extent in enumerate(lifted) if extent == 1 and shape[other] > 1]
-        return bool(repeated) and dim > repeated[0]
-
     def repair(self, state: State) -> bool:
         """Every original that stays has equally many copies, at least one."""
-        if not self.active:
+        if not self.active or not self._repeated:
             return False
-        out, data = state.mask(self.out), state.mask(self.data)
+        out, lifted = state.mask(self.out), self._lift(state.mask(self.data))
         cause = Cause("copies keep equal counts at", self.node, spare=True)
-        lifted = data.reshape((1,) * self._added + data.shape)
-        repeated = tuple(dim for dim in range(out.ndim) if lifted.shape[dim] == 1 and out.shape[dim] > 1)
-        empty = lifted & ~out.any(axis=repeated, keepdims=True)
+        empty = lifted & ~out.any(axis=self._repeated, keepdims=True)
         first = np.zeros(out.shape, bool)
-        first[tuple(slice(0, 1) if dim in repeated else slice(None) for dim in range(out.ndim))] = True
+        first[tuple(slice(0, 1) if dim in self._repeated else slice(None) for dim in range(out.ndim))] = True
         wanted = out | (empty & first)
         squeezed = wanted.reshape([extent for extent in wanted.shape if extent > 1] or [1])
         return state.grow(self.out, nested_fill(squeezed).reshape(wanted.shape), cause)
 
+    def reduced(self, state: State, layout: np.ndarray) -> np.ndarray:
+        """Nothing is repeated but what is no channel: the input's order."""
+        del state
+        return self._lift(layout)
+
     def layout(self, state: State) -> None:
         """Originals in their order, copies in theirs."""
-        if not self.active:
-            default_layout(state, self.out)
+        if not self.active or not self._repeated:
+            super().layout(state)
             return
         out = state.mask(self.out)
-        data_layout = state.layouts[self.data]
-        lifted = data_layout.reshape((1,) * self._added + data_layout.shape)
-        counts = [
-            n if self._data_extent(dim) > 1 else _counts(out)[dim] for dim, n in enumerate(lifted.shape)
-        ]
-        coords = coordinates(lifted, (1,) * self._added + self._data_frame)
+        whole = self._lift(np.empty(self._data_frame, bool)).shape
+        lifted = self._lift(state.layouts[self.data])
+        counts = [n if whole[dim] > 1 else _counts(out)[dim] for dim, n in enumerate(lifted.shape)]
+        coords = coordinates(lifted, whole)
         kept = np.flatnonzero(out)
         # The copies of an original stand in order; walk the kept positions original by original.
         key = np.stack(np.unravel_index(kept, out.shape), axis=1)
@@ -321,12 +352,12 @@ class Expand(Move):
             source = tuple(min(i, n - 1) for i, n in zip(place, lifted.shape, strict=True))
             same = np.ones(len(kept), bool)
             for dim in range(out.ndim):
-                if self._data_extent(dim) > 1:
+                if whole[dim] > 1:
                     same &= key[:, dim] == coords[dim][source]
             copies = kept[same]
             rank = 0
             for dim, count in enumerate(counts):
-                if self._data_extent(dim) <= 1:
+                if whole[dim] <= 1:
                     rank = rank * count + place[dim]
             if rank >= len(copies):
                 raise ConflictError([self.data, self.out])
@@ -335,11 +366,64 @@ class Expand(Move):
             raise ConflictError([self.data, self.out])
         state.layouts[self.out] = layout
 
-    def _data_extent(self, dim: int) -> int:
-        return ((1,) * self._added + self._data_frame)[dim]
-
     def edits(self, state: State) -> Iterator[Edit]:
         """Write the new sizes into the target shape."""
         structure = state.structure(self.out)
         if self.active and structure is not None and not state.mask(self.out).all():
             yield SetShape(1, new_sizes(structure, state.layouts[self.out].shape))
+
+
+def _copies(base: Axis) -> Axis:
+    """Return the axis that repeats one entry: as many channels as is known, whatever else it is repeated for around."""
+    size = axis_size(base)
+    if size.coefficient <= 1:
+        return base
+    return (*((Factor(Size(1, size.symbols)),) if size.symbols else ()), *labelled(size.coefficient))
+
+
+class Tile(Expand):
+    """Repeat a tensor along its axes, whole: Tile. Copies of an axis of size 1 are channels of their own."""
+
+    def structure(self, state: State) -> None:
+        """Axes keep their factors, inside those that count the copies."""
+        structure, shape = state.structure(self.data), self.out.shape
+        if structure is None or shape is None or len(shape) != len(structure):
+            self.give_up(state, "shapes are not known here")
+            return
+        if not any(has_labels(axis) for axis in structure):
+            set_plain(state, self.out)
+            return
+        axes: list[Axis] = []
+        sources: list[int | None] = []
+        for own, (axis, base) in enumerate(zip(structure, plain(shape), strict=True)):
+            dims: list[int | None] = list(frame_dims(structure, own))
+            copies = axis_size(base).divide(axis_size(axis))
+            if not has_labels(axis):
+                single = axis_size(axis) == ONE and writable(self.node.inputs[1])
+                axes.append(_copies(base) if single else base)
+                dims = [None] * len(axes[-1])
+            elif copies is None or copies.coefficient == 0:
+                self.give_up(state, "how often it is repeated is not known before the model runs")
+                return
+            elif axis[0].labelled and copies != ONE:
+                axes.append((Factor(copies), *axis))
+                dims = [None, *dims]
+            else:
+                axes.append((Factor(copies * axis[0].size, axis[0].labelled), *axis[1:]))
+            sources += dims
+        self._become(state, structure, tuple(axes), sources)
+
+    def edits(self, state: State) -> Iterator[Edit]:
+        """Write how often an axis of size 1 is repeated now."""
+        structure, single = state.structure(self.out), state.structure(self.data)
+        if not self.active or not self._repeated or structure is None or single is None:
+            return
+        if not state.mask(self.out).all():
+            sizes = new_sizes(structure, state.layouts[self.out].shape)
+            yield SetShape(
+                1,
+                tuple(
+                    pair if axis_size(axis) == ONE else (ONE, ONE)
+                    for axis, pair in zip(single, sizes, strict=True)
+                ),
+            )
