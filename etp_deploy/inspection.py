@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
     import onnx_ir as ir
 
-    from etp_deploy.surgery.analysis import Analysis
+    from etp_deploy.surgery.analysis import Analysis, Fill
+    from etp_deploy.surgery.plan import RemovalPlan
 
 # a chain of reasons longer than this says nothing more
 LONGEST_CHAIN = 40
@@ -180,19 +181,25 @@ def _analyse(source: Path | str, options: _Options) -> _Found:
     model = read_model(Path(source))
     if options.zero_below:
         model = with_zeros(model, options.zero_below)
-    prepared = prepare(model)
-    merged = merge(prepared) if options.merge_duplicates else 0
     fill = multiple_fill(multiple)
-    removal, analysis = plan(prepared.graph, fill)
+    prepared, removal, analysis, merged = _removal(model, options, fill)
     graph = prepared.graph
     if partial is not None:
         rewrite(prepared, removal.edits)
         restore_interface(prepared, model)
         more = shrink_branches(prepared, removal.layers, partial, fill)
-        if more is not None:
-            _, removal, analysis = more
-            graph = analysis.graph
+        # an analysis says nothing of a graph that was rewritten
+        _, removal, analysis = more or _removal(model, options, fill)[:3]
+        graph = analysis.graph
     return _Found(model, graph, removal.layers, analysis, merged)
+
+
+def _removal(
+    model: ir.Model, options: _Options, fill: Fill | None
+) -> tuple[ir.Model, RemovalPlan, Analysis, int]:
+    prepared = prepare(model)
+    merged = merge(prepared) if options.merge_duplicates else 0
+    return prepared, *plan(prepared.graph, fill), merged
 
 
 def explain(

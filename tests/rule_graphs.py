@@ -7,6 +7,7 @@ from functools import cache
 import numpy as np
 import onnx
 from graphs import Case, failure, shrunk, weight_elements
+from rule_attention import attentions
 from test_surgery_regressions import Net
 
 
@@ -51,6 +52,18 @@ def sized(*outputs, picked=(0,)):
     return case
 
 
+def divided(*least):
+    """Return six channels, two of them zero, divided by numbers of which an operator, if any, says the least value."""
+    net = Net(x=(2, 5, 4), r=(5, 2, 1))
+    net.node("MatMul", ["x", net.rand(4, 6, dead=(1, 4), axis=1)], "h")
+    if least:
+        net.node(least[0], ["r", *least[1:]], "n")
+    net.node("Transpose", ["n" if least else "r"], "d", perm=[1, 0, 2])
+    net.node("Div", ["h", "d"], "y")
+    net.node("MatMul", ["y", net.rand(6, 3)], "z")
+    return net.case("z")
+
+
 def _scalar(value):
     return np.array(value, np.float32)
 
@@ -68,16 +81,26 @@ def neighbours() -> dict[str, tuple[tuple[Case, int], ...]]:
         (attention(("Clip", ["p", "", _scalar(1)], {})), 29),
         (attention(*(("Neg", ["p"], {}) for _ in range(9))), 65),
     )
+    positive = (
+        (divided("Max", _scalar(0.5)), 4 * 4 + 4 * 3 + 1),
+        (divided("Max", _scalar(-0.5)), 4 * 6 + 6 * 3 + 1),
+        (divided("Clip", _scalar(0.5)), 4 * 4 + 4 * 3 + 1),
+        (divided("Clip", "", _scalar(0.5)), 4 * 6 + 6 * 3 + 1),
+        (divided(), 4 * 6 + 6 * 3),
+    )
     sizes = (
         (sized(), 6 * 3 - 2 * 3 + 2 * 4),
         (sized(picked=(0, 1)), 6 * 3 + 2 * 6),
         (sized("sizes"), 6 * 3 + 2 * 6),
     )
     return {
+        **attentions(),
         "where": guarded,
         "_guarded_softmax": guarded,
         "may_be_infinite": guarded,
         "_axes_read": sizes,
+        "divide": positive,
+        "_positive": positive,
     }
 
 

@@ -32,9 +32,57 @@ _MORE = "true, and more than the rule says, which mistrusts the rounding of a me
 _PINNED = "no valid node has other ranks, and shapes that are not known are pinned anyhow"
 _BODIES = "branches of an example read nothing that could be cut: test_surgery_bodies.py shows those that do"
 _LEFT_OUT = "no valid node leaves out a state"
+_UNEVEN = "no valid node has heads of different sizes"
+_WHOLE = "heads whose size has to stay keep their queries, whatever the keys hold"
+_WORDS = "refused in any case, for another reason"
+_GPU = "packed heads run on GPUs alone: test_attention_pinned.py compares them with their equal in separate tensors"
 _SAME = "the operator itself, run on the constants, gives them back"
 # mutants that are as right as the rule, each with the reason
 EQUIVALENT: dict[tuple[str, str, str], str] = {
+    ("attention", "_quotient", "without if parts < 1 or total % parts:"): _UNEVEN,
+    (
+        "attention",
+        "group_query_attention",
+        "without shiftable=not (rotated or normalised or sink or attribute(node, 'softcap', 0.0)) in Form",
+    ): _WHOLE,
+    (
+        "attention",
+        "group_query_attention",
+        "'softcap_' for 'softcap' in not (rotated or normalised or sink or attribute(node, 'softcap', 0.0)) in Form",
+    ): _WHOLE,
+    (
+        "attention",
+        "group_query_attention",
+        "1.0 for 0.0 in not (rotated or normalised or sink or attribute(node, 'softcap', 0.0)) in Form",
+    ): _WHOLE,
+    (
+        "attention",
+        "projecting_attention",
+        "without if any((input_at(node, index) is not None for index in (4, 6))) or _used(node, 1):",
+    ): _WORDS,
+    ("attention", "projecting_attention", "without if attribute(node, 'do_rotary', 0):"): _WORDS,
+    (
+        "attention",
+        "multi_head_attention",
+        "without tensors: tuple[Tensor, ...] = (Tensor(0, (QUERY, KEY, VALUE), (2, 3, 4)),)",
+    ): _GPU,
+    ("attention", "multi_head_attention", "without size = value_size = static(node.inputs[0], 4)"): _GPU,
+    (
+        "attention",
+        "multi_head_attention",
+        "without tensors = (Tensor(0, (QUERY,), (2,)), Tensor(1, (KEY, VALUE), (2, 3, 4)))",
+    ): _GPU,
+    ("attention", "multi_head_attention", "without size = value_size = static(node.inputs[1], 4)"): _GPU,
+    ("attention", "multi_head_attention", "1 for 0 in 0 in Tensor"): _GPU,
+    ("attention", "multi_head_attention", "3 for 2 in (2, 3, 4) in Tensor"): _GPU,
+    ("attention", "multi_head_attention", "4 for 3 in (2, 3, 4) in Tensor"): _GPU,
+    ("attention", "multi_head_attention", "5 for 4 in (2, 3, 4) in Tensor"): _GPU,
+    ("attention", "multi_head_attention", "1 for 0 in 0 in Tensor (2)"): _GPU,
+    ("attention", "multi_head_attention", "3 for 2 in (2,) in Tensor"): _GPU,
+    ("attention", "multi_head_attention", "2 for 1 in 1 in Tensor"): _GPU,
+    ("attention", "multi_head_attention", "3 for 2 in (2, 3, 4) in Tensor (2)"): _GPU,
+    ("attention", "multi_head_attention", "4 for 3 in (2, 3, 4) in Tensor (2)"): _GPU,
+    ("attention", "multi_head_attention", "5 for 4 in (2, 3, 4) in Tensor (2)"): _GPU,
     (
         "convolution",
         "conv_transpose",

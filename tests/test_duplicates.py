@@ -172,6 +172,13 @@ def test_depthwise_convolutions_between():
     assert gained(net.case("y")) == (24 + 8 + 72 + 8 + 32, 6 * (3 + 1 + 9 + 1 + 4), 2)
 
 
+@pytest.mark.parametrize("between", ["Round", "Sign"])
+def test_steps_are_not_passed(between):
+    """Negative control: a difference of a rounding may become a whole one there, so even equal channels stay."""
+    case = network(between, multiples=False)
+    assert gained(case) == (elements(8), elements(8), 0)
+
+
 def test_several_readers_and_a_flatten():
     """Every reader adds its own columns, one of them for each place of a map."""
     net = Net(x=(2, 3, 4, 4))

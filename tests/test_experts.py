@@ -132,6 +132,16 @@ def test_a_stack_in_front(operator):
     assert gained(net.case("y")) == (3 * 8 * 11, 3 * 6 * 11)
 
 
+def test_rows_that_lack_channels_take_those_of_others():
+    """Where a stack's channels must line up (a product with itself), all keep the same ones if they can."""
+    net = Net(x=("N", 7))
+    up = dead_rows(net.rand(3, 7, 6), ((0, 2, 3, 4, 5), (0, 1, 2, 3, 4, 5), (0, 4)), 1)
+    net.node("MatMul", ["x", up], "h")
+    net.node("Transpose", ["h"], "t", perm=[0, 2, 1])
+    net.node("MatMul", ["h", "t"], "y")
+    assert gained(net.case("y")) == (3 * 7 * 6, 3 * 7 * 4)
+
+
 # Einsum
 
 
@@ -172,6 +182,18 @@ def test_einsum_that_is_no_matrix_product_is_left_alone(equation):
         net.node("Einsum", ["x", net.rand(6, 3, 4, dead=(1,), axis=1)], name, equation="btc,chd->bthd")
     net.node("Einsum", ["q", "k"], "y", equation=equation)
     before, after = gained(net.case("y"))
+    assert before == after
+
+
+def test_channels_merged_with_a_size_that_only_the_weight_knows():
+    """A Flatten of N x 2 in front of a matrix with four columns: how the columns lie is not known."""
+    net = Net(x=(2, 4, 9))
+    net.node("Einsum", ["x", net.rand(9, 4, 2, dead=(0,), axis=2)], "h", equation="abc,cbo->bao")
+    net.node("Flatten", ["h"], "f", axis=1)
+    net.node("Gemm", ["f", net.rand(6, 4)], "y", transB=1)
+    case = net.case("y")
+    case.model.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "N"
+    before, after = gained(case)
     assert before == after
 
 

@@ -143,6 +143,31 @@ def test_a_branch_that_is_read_elsewhere_stays(reader):
     assert before == after
 
 
+def test_a_branch_that_cannot_shrink_is_not_padded():
+    """Groups keep equal counts: of a convolution with all but one group dead nothing goes, so no Pad is written."""
+    net = Net(x=(1, 6, 5, 5))
+    net.node("Conv", ["x", net.rand(12, 6, 1, 1)], "stream")
+    net.node("Conv", ["x", net.rand(12, 3, 3, 3, dead=(10, 11))], "branch", group=2, pads=[1] * 4)
+    net.node("Add", ["stream", "branch"], "sum")
+    net.node("Relu", ["sum"], "bent")
+    net.node("Conv", ["bent", net.rand(3, 12, 1, 1)], "y")
+    before, after, model = gained(net.case("y"))
+    assert before == after
+    assert "Pad" not in {node.op_type for node in model.graph.node}
+
+
+def test_a_bias_is_no_stream():
+    """A constant added to a tensor that is partly zero is left where the tensor's producer has it."""
+    net = Net(x=(1, 6, 5))
+    net.node("MatMul", ["x", net.rand(5, 12, dead=range(6, 12), axis=1)], "h")
+    net.node("Add", ["h", net.rand(12)], "biased")
+    net.node("LayerNormalization", ["biased", net.rand(12)], "norm")
+    net.node("MatMul", ["norm", net.rand(12, 3)], "y")
+    before, after, model = gained(net.case("y"))
+    assert before == after
+    assert "Pad" not in {node.op_type for node in model.graph.node}
+
+
 def test_pads_that_add_anything_else_are_noticed(monkeypatch):
     """Negative control: a run that is one channel off gives other results."""
     monkeypatch.setattr("etp_deploy.surgery.residuals._run", lambda *_: (1, 8))

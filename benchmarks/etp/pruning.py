@@ -67,6 +67,8 @@ def kept_indices(
             axes = indices.setdefault(part.parameter, [torch.arange(extent) for extent in size])
             if len(axes[part.axis]) != size[part.axis]:
                 raise ValueError(f"{part.parameter}: two units share axis {part.axis}")
+            if part.section is not None or part.index is not None:
+                raise ValueError(f"{part.parameter}: only axes that read as whole modules are known here")
             view = torch.arange(size[part.axis]).view(part.split or (size[part.axis],))
             chosen = keep[unit.group.name].nonzero().flatten()
             axes[part.axis] = view.index_select(part.position, chosen).flatten()

@@ -41,9 +41,10 @@ def summary(task: Task, records: Sequence[Document]) -> Document:
     cells = [record for record in records if record["record"] == "cell"]
     rows = []
     for method, speedup in [("dense", 1.0), *((m, s) for s in task.speedups for m in METHODS)]:
-        own = [cell for cell in cells if (cell["method"], cell["speedup"]) == (method, speedup)]
+        # a later line of a seed stands for a strength that was chosen anew
+        own = {cell["seed"]: cell for cell in cells if (cell["method"], cell["speedup"]) == (method, speedup)}
         if own:
-            rows.append(_row(method, speedup, own))
+            rows.append(_row(method, speedup, list(own.values())))
     return {
         "task": task.name,
         "title": task.title,
@@ -89,8 +90,9 @@ def _verdict(task: Task, rows: Sequence[Document], speedup: float) -> Document:
     """Say how ETP stands against the best of the others at a speed-up."""
     means = {row["method"]: row for row in rows if row["speedup"] == speedup and "mean" in row}
     others = [means[name] for name in RIVALS if name in means]
+    failed = any((row["method"], row["speedup"]) == (OURS, speedup) and "failed" in row for row in rows)
     if OURS not in means or not others:
-        return {"speedup": speedup, "outcome": "unfinished"}
+        return {"speedup": speedup, "outcome": "out of reach" if failed else "unfinished"}
     sign = 1 if task.kind.higher else -1
     best = max(others, key=lambda row: sign * row["mean"])
     ours = means[OURS]
@@ -161,7 +163,7 @@ Hardware: {machine.get("processor")}, {machine.get("cores")} cores. Python {mach
 
 def _overview(summaries: Sequence[Document]) -> list[str]:
     verdicts = [verdict for found in summaries for verdict in found["verdicts"]]
-    known = [verdict for verdict in verdicts if verdict["outcome"] != "unfinished"]
+    known = [verdict for verdict in verdicts if "best_other" in verdict]
     ahead = [verdict for verdict in known if verdict["outcome"] == "ahead"]
     both = sum(all(verdict["outcome"] == "ahead" for verdict in found["verdicts"]) for found in summaries)
     lines = [
@@ -183,8 +185,8 @@ def _overview(summaries: Sequence[Document]) -> list[str]:
     for found in summaries:
         for verdict in found["verdicts"]:
             row = f"| {found['title']} | {verdict['speedup']:g}x"
-            if verdict["outcome"] == "unfinished":
-                lines.append(f"{row} | unfinished | | | |")
+            if "best_other" not in verdict:
+                lines.append(f"{row} | {verdict['outcome']} | | | |")
                 continue
             against = f"{verdict['outcome']} ({METHODS[verdict['best_other']].title})"
             doubt = "" if verdict["doubt"] is None else _points(found, verdict["doubt"])
@@ -195,8 +197,8 @@ def _overview(summaries: Sequence[Document]) -> list[str]:
 
 
 def _in_words(found: Document, verdict: Document) -> str:
-    if verdict["outcome"] == "unfinished":
-        return "unfinished."
+    if "best_other" not in verdict:
+        return f"{verdict['outcome']}."
     title = METHODS[verdict["best_other"]].title
     text = (
         f"ETP is {verdict['outcome']} by {_points(found, abs(verdict['gap']))}, the best other being {title}"

@@ -173,7 +173,11 @@ def _keep_one(analysis: Analysis) -> bool:
             continue
         constant = state.constant(value)
         # a known constant reads nothing, and the largest may serve as a carrier
-        worth = np.zeros(mask.shape) if constant is None else constant.known * (1.0 + np.abs(constant.value))
+        worth = (
+            np.zeros(mask.shape)
+            if constant is None
+            else np.where(constant.known, 1.0 + np.abs(constant.value), 0.0)
+        )
         one = np.zeros(mask.size, bool)
         one[np.argmax(worth)] = True
         state.grow(value, one.reshape(mask.shape), Cause("a tensor keeps at least one channel", spare=True))

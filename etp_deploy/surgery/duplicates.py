@@ -8,9 +8,11 @@ Channels are followed from the rows of the contraction that makes them as `a * u
 of the data for each group of parallel rows: affine operators change `a` and `c`; behind any other operator two
 channels are multiples of one another where they were before and the operator says so, and otherwise on their own.
 
-Numbers count as equal where they differ by no more than `TOLERANCE` roundings of the weights' type. That is what
-multiplying a row by a number and storing it does to it, and what the runtime's sums are off by themselves: each product
-changes by less than a kernel that adds in another order may change it. Verification judges the result as any other.
+Numbers count as equal where they differ by no more than `TOLERANCE` roundings of float32, or of float64 where weights
+are that. It is what multiplying a row by a number and storing it does to it, and what the runtime's sums are off by
+themselves: each product changes by less than a kernel that adds in another order may change it. Of narrower weights,
+whose products are summed in float32, the stored multiples must be exact. No such difference may pass a step (Round),
+where it could become a whole one. Verification judges the result as any other.
 """
 
 from __future__ import annotations
@@ -39,13 +41,19 @@ if TYPE_CHECKING:
 
 # roundings by which two numbers may differ and still count as equal
 TOLERANCE = 4
-_ROUNDING = {"bfloat16": 2.0**-7, "float16": 2.0**-10, "float32": 2.0**-23, "float64": 2.0**-52}
+_ROUNDING, _ROUNDING_DOUBLE = 2.0**-23, 2.0**-52
 # how far apart two rows' projections may be and still be looked at; they differ by rounding where the rows do
 _NEAR = 1e-4
 _AFFINE = frozenset({"Add", "BatchNormalization", "Div", "Identity", "Mul", "Neg", "Sub"})
 _LINEAR = frozenset({"AveragePool", "Dropout", "GlobalAveragePool", "ReduceMean", "ReduceSum"})
 _HOMOGENEOUS = frozenset({"GlobalMaxPool", "LeakyRelu", "MaxPool", "PRelu", "ReduceMax", "Relu"})
-_RANDOM = frozenset({"Bernoulli", "RandomNormalLike", "RandomUniformLike"})
+# not functions of the channel, or with steps
+_OTHER = frozenset(
+    (
+        *("Bernoulli", "RandomNormalLike", "RandomUniformLike"),
+        *("Ceil", "Floor", "Mod", "Round", "Shrink", "Sign", "ThresholdedRelu"),
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -156,7 +164,7 @@ def _rows(analysis: Analysis, says: Contraction) -> Channels | None:
     if not _one_axis(analysis, says.out, groups * outputs):
         return None
     flat = rows.reshape(groups * outputs, -1)
-    rounding = TOLERANCE * _ROUNDING[weight.dtype.name]
+    rounding = TOLERANCE * (_ROUNDING_DOUBLE if weight.dtype == np.float64 else _ROUNDING)
     group, scale = np.arange(len(flat)), np.ones(len(flat))
     for first in range(0, len(flat), outputs):  # groups read different inputs
         part = slice(first, first + outputs)
@@ -269,11 +277,15 @@ def _behind(analysis: Analysis, node: ir.Node, followed: dict[ir.Value, Channels
     if isinstance(says, Contraction):
         return _depthwise(says, channels)
     # other kinds of it, such as norms, read several channels at once
-    if type(says) not in {Pointwise, Reduction} or node.op_type in _RANDOM:
+    if type(says) not in {Pointwise, Reduction} or node.op_type in _OTHER or not _is_float(out):
         return None
     assert isinstance(says, Pointwise)
     several = len(live) > 1
     return _combined([followed[item] for item in live]) if several else _alone(analysis, says, channels)
+
+
+def _is_float(value: ir.Value) -> bool:
+    return value.dtype is not None and value.dtype.is_floating_point()
 
 
 def _combined(parts: list[Channels]) -> Channels:

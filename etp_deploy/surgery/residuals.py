@@ -22,7 +22,8 @@ from etp_deploy.surgery.analysis import read
 from etp_deploy.surgery.plan import plan
 from etp_deploy.surgery.prepare import prepare
 from etp_deploy.surgery.resolve import constant
-from etp_deploy.surgery.shapes import single_label
+from etp_deploy.surgery.shapes import is_parameter, single_label
+from etp_deploy.surgery.statements.base import Bypass
 
 if TYPE_CHECKING:
     from etp_deploy.surgery.analysis import Analysis, Fill
@@ -79,17 +80,19 @@ def shrink_branches(
     Returns:
         A prepared model, what to remove from it, with the rows of both removals together, and its analysis.
     """
-    prepared = prepare(model)
-    analysis = read(prepared.graph)
-    found = [
-        _cut_off(analysis, node, which, how)
-        for node in list(prepared.graph)
-        if node.op_type == "Add" and node.domain == ""
-        for which in (0, 1)
-    ]
-    if not any(found):
-        return None
-    removal, analysis = plan(prepared.graph, fill)
+    useless: set[str] = set()
+    while True:
+        prepared = prepare(model)
+        cuts = _cut_all(prepared.graph, how, useless)
+        if not cuts:
+            return None
+        removal, analysis = plan(prepared.graph, fill)
+        gone = {node for node, changes in removal.edits if Bypass() in changes}
+        # where what makes a branch cannot shrink to its run (equal counts in groups), a copy is all that is gained
+        more = {name for name, gather in cuts.items() if gather not in gone}
+        if not more:
+            break
+        useless |= more
     later = {row.name: row for row in removal.layers}
     rows = tuple(
         replace(row, kept=later[row.name].kept, reasons=later[row.name].reasons) if row.name in later else row
@@ -98,21 +101,37 @@ def shrink_branches(
     return prepared, replace(removal, layers=rows), analysis
 
 
-def _cut_off(analysis: Analysis, node: ir.Node, which: int, how: Partial) -> bool:
-    """Put a Gather and a Pad behind a branch, where an operand of a sum is one; say whether it is."""
-    branch = node.inputs[which]
+def _cut_all(graph: ir.Graph, how: Partial, useless: set[str]) -> dict[str, ir.Node]:
+    """Put a Gather and a Pad behind all branches but some; return the Gathers by the branches' names."""
+    analysis = read(graph)
+    cuts: dict[str, ir.Node] = {}
+    for node in list(graph):
+        for which in (0, 1) if node.op_type == "Add" and node.domain == "" else ():
+            branch = node.inputs[which]
+            gather = (
+                None if branch is None or branch.name in useless else _cut_off(analysis, node, which, how)
+            )
+            if branch is not None and gather is not None:
+                cuts[branch.name or ""] = gather
+    return cuts
+
+
+def _cut_off(analysis: Analysis, node: ir.Node, which: int, how: Partial) -> ir.Node | None:
+    """Put a Gather and a Pad behind a branch, where an operand of a sum is one; return the Gather."""
+    branch, stream = node.inputs[which], node.inputs[1 - which]
     found = None if branch is None else _constants(analysis, node, branch)
-    if branch is None or found is None or branch.shape is None:
-        return False
+    # what is added to a constant is a bias, and no residual
+    if branch is None or stream is None or is_parameter(stream) or found is None or branch.shape is None:
+        return None
     axis, held = found
     # a constant that is not zero must be added, which is one more copy
     dead = held.known.reshape(-1) if how.always else held.zero.reshape(-1)
     if not dead.any() or dead.all():
-        return False
+        return None
     first, last = _run(~dead, how.multiple)
     if last - first >= dead.size or not (how.always or _pays(branch.shape, axis, last - first)):
-        return False
-    whole = _padded(analysis.graph, node, branch, axis, (first, last, dead.size))
+        return None
+    gather, whole = _padded(analysis.graph, node, branch, axis, (first, last, dead.size))
     lost = np.where(dead, held.value.reshape(-1), 0)
     lost[first:last] = 0
     if lost.any():
@@ -120,12 +139,12 @@ def _cut_off(analysis: Analysis, node: ir.Node, which: int, how: Partial) -> boo
         added = ir.node("Add", [whole, constant(analysis.graph, vector, f"{branch.name}_constants")])
         whole = _inserted(added, node, branch, "added")
     node.replace_input_with(which, whole)
-    return True
+    return gather
 
 
 def _padded(
     graph: ir.Graph, node: ir.Node, branch: ir.Value, axis: int, run: tuple[int, int, int]
-) -> ir.Value:
+) -> tuple[ir.Node, ir.Value]:
     """Insert a Gather of a run of channels and a Pad to as many as there were, in front of a node."""
     assert branch.shape is not None
     first, last, count = run
@@ -140,7 +159,7 @@ def _padded(
         pad = ir.node("Pad", [living], {"pads": flat.tolist()})
     else:
         pad = ir.node("Pad", [living, constant(graph, flat, f"{branch.name}_pads")])
-    return _inserted(pad, node, branch, "whole")
+    return gather, _inserted(pad, node, branch, "whole")
 
 
 def _inserted(made: ir.Node, before: ir.Node, like: ir.Value, what: str) -> ir.Value:

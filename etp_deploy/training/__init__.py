@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from etp_deploy.training.blueprint import Blueprint, Price
-from etp_deploy.training.controller import Controller, Update
+from etp_deploy.training.controller import Controller
 from etp_deploy.training.cost import Cost, LatencyCost, PlannedCost
 from etp_deploy.training.coupling import coupled_groups, removable_share
 from etp_deploy.training.forces import PAPER_STEEPNESS, REFERENCE_STEEPNESS, steepness_for
@@ -15,6 +15,7 @@ from etp_deploy.training.modules import (
     packed_heads,
     separate_heads,
 )
+from etp_deploy.training.progress import Progress
 from etp_deploy.training.recording import Recorder
 from etp_deploy.training.regularizer import REFERENCE_THRESHOLD, GroupStatistics, TorqueRegularizer
 from etp_deploy.training.regularizers import (
@@ -24,6 +25,7 @@ from etp_deploy.training.regularizers import (
     make,
 )
 from etp_deploy.training.schedule import Schedule
+from etp_deploy.training.scheduled import Scheduled, Update
 
 __all__ = [
     "METHODS",
@@ -40,8 +42,10 @@ __all__ = [
     "Part",
     "PlannedCost",
     "Price",
+    "Progress",
     "Recorder",
     "Schedule",
+    "Scheduled",
     "SlimmingRegularizer",
     "TorqueRegularizer",
     "Update",

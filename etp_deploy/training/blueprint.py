@@ -8,7 +8,6 @@ before it, is replaced in the copy by its gain and bias.
 
 from __future__ import annotations
 
-import copy
 import tempfile
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -26,6 +25,8 @@ from etp_deploy.surgery.prepare import prepare
 from etp_deploy.surgery.shapes import is_parameter
 from etp_deploy.surgery.statements.contraction import Contraction
 from etp_deploy.tracing import EXPORTERS, evaluating, make_call, trace
+from etp_deploy.training.shards import whole
+from etp_deploy.training.wrapping import named_parameters, plain_copy
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -111,7 +112,7 @@ class Blueprint:
     ) -> None:
         if exporter not in EXPORTERS:
             raise UsageError(f"unknown exporter {exporter!r}", where="exporter", hint=f"one of {EXPORTERS}")
-        self.shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+        self.shapes = {name: tuple(weight.shape) for name, weight in named_parameters(model)}
         sizes = [int(np.prod(shape, dtype=np.int64)) for shape in self.shapes.values()]
         self.offsets = dict(zip(self.shapes, np.cumsum([0, *sizes]).tolist(), strict=False))
         self.total = sum(sizes)
@@ -166,7 +167,7 @@ class Blueprint:
 
     def zeros_of(self, model: nn.Module) -> np.ndarray:
         """Return which weights of a network are exactly zero, by number."""
-        flat = [weight.detach().reshape(-1) == 0 for _, weight in model.named_parameters()]
+        flat = [whole(weight.detach() == 0).reshape(-1) for _, weight in named_parameters(model)]
         return torch.cat([part.cpu() for part in flat]).numpy()
 
     def removed(self, zero: np.ndarray) -> tuple[np.ndarray, Analysis]:
@@ -300,7 +301,7 @@ def _share(says: object, analysis: Analysis) -> float:
 
 def _numbered(model: nn.Module) -> nn.Module:
     """Copy a network to the CPU, with numbers for weights and without statistics."""
-    twin = copy.deepcopy(model).cpu().float()
+    twin = plain_copy(model).cpu().float()
     for module in list(twin.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, BATCH_NORMS):

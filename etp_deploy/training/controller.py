@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -11,10 +10,11 @@ import torch
 from etp_deploy.errors import UsageError
 from etp_deploy.training.blueprint import Blueprint
 from etp_deploy.training.cost import Cost, LatencyCost, PlannedCost, parse_target
+from etp_deploy.training.scheduled import Scheduled, Update
+from etp_deploy.training.shards import from_first, whole
+from etp_deploy.training.wrapping import named_parameters
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     import numpy as np
     from torch import Tensor
 
@@ -26,28 +26,7 @@ if TYPE_CHECKING:
 _STRIDE = 1.5
 
 
-@dataclass(frozen=True)
-class Update:
-    """What an update found.
-
-    Attributes:
-        number: counted from 1.
-        ratio: the cost relative to the dense network; None where it was not asked for.
-        beta: strength of the force before the update.
-        dead: dead modules over all groups.
-        killed: how many of these were killed by score to land on the target.
-        done: whether the force has ended.
-    """
-
-    number: int
-    ratio: float | None
-    beta: float
-    dead: int
-    killed: int
-    done: bool
-
-
-class Controller:
+class Controller(Scheduled):
     """Reaches a wanted ratio of parameters, multiply-accumulates or measured latency.
 
         controller = Controller(regularizer, "latency:0.5", updates=20, example_inputs=x)
@@ -103,22 +82,14 @@ class Controller:
         exporter: str = "torchscript",
     ) -> None:
         kind, self.target = parse_target(target)
-        if updates < 1 or every < 1 or clip not in {"update", "step"}:
-            raise UsageError("updates and every are at least 1, clip is update or step", where="controller")
+        if updates < 1 or every < 1:
+            raise UsageError("updates and every are at least 1", where="controller")
         if cost is None and example_inputs is None and (blueprint is None or kind == "latency"):
             raise UsageError("nothing to price the network with", where=target, hint="give example_inputs")
-        self.regularizer = regularizer
+        super().__init__(regularizer, schedule, clip=clip, proximal=proximal, recorder=recorder)
         self.updates = updates
-        self.history: list[Update] = []
-        self.done = False
-        self.base = regularizer.beta
-        self._steps = 0
-        self._schedule = schedule
-        self._clip = clip
         self._every = every
         self._gain = gain
-        self._proximal = proximal
-        self._recorder = recorder
         model = regularizer.model
         if cost is None:
             if kind == "latency":
@@ -130,73 +101,31 @@ class Controller:
             self._check_reach(target)
         self._cost = cost
 
+    def _ratio(self, killed: Tensor | None = None) -> float:
+        """Return the cost with some modules killed; every process has to ask, and the first one's answer holds."""
+        zero = self._zero(killed)
+        return from_first(lambda: self._cost.ratio(self.regularizer.model, zero))
+
     def _check_reach(self, target: str) -> None:
         """Refuse a target that is missed even with one module left in each group, before any training."""
         least = [torch.arange(len(dead)) > 0 for dead in self.regularizer.dead().values()]
-        floor = self._cost.ratio(self.regularizer.model, self._zero(torch.cat(least)))
+        floor = self._ratio(torch.cat(least))
         if floor > self.target:
             hint = f"with one module left in each group the cost is {floor:.3f} of the dense network's"
             raise UsageError("the target is out of reach of these groups", where=target, hint=hint)
 
-    def penalty(self) -> Tensor:
-        """Return the regulariser's penalty while there is force, zero after; for the loss, with `proximal=False`."""
-        self._set_beta()
-        if self.done:
-            return torch.zeros((), device=next(self.regularizer.model.parameters()).device)
-        return self.regularizer.penalty()
-
-    def add_gradients(self, scale: float = 1.0) -> None:
-        """Add the penalty's gradient while there is force, with `proximal=False`; see `TorqueRegularizer`."""
-        self._set_beta()
-        if not self.done:
-            self.regularizer.add_gradients(scale)
-
-    def _set_beta(self) -> None:
-        share = 1.0 if self._schedule is None else self._schedule.share(self._steps)
-        self.regularizer.beta = 0.0 if self.done else self.base * share
-
-    @torch.no_grad()
-    def step(self, rate: float) -> None:
-        """Shrink, clip where that was asked for, and hold the frozen; call it after each optimiser step.
-
-        Args:
-            rate: the optimiser's learning rate at this step.
-        """
-        self._set_beta()
-        if not self.done:
-            if self._proximal:
-                self.regularizer.shrink(rate)
-            if self._clip == "step":
-                self.regularizer.clip()
-        if self.history:
-            self.regularizer.hold()
-        self._steps += 1
-
-    @torch.no_grad()
-    def update(self) -> Update:
-        """Clip, freeze, price and adapt; call it after each epoch, or as often as `updates` counts."""
-        number, ratio, killed = len(self.history) + 1, None, 0
-        if not self.done:
-            self.regularizer.clip()
-            dead = self.regularizer.freeze()
-            last = number >= self.updates
-            if last or number % self._every == 0:
-                ratio = self._cost.ratio(self.regularizer.model, self._zero())
-                if ratio > self.target and last:
-                    killed, ratio = self._land(ratio)
-                    dead = self.regularizer.freeze()
-            found = Update(number, ratio, self.base, dead, killed, done=last or (ratio or 1.0) <= self.target)
-            self.done = found.done
-            if ratio is not None and not self.done:
-                self._adapt(number, ratio)
-            self.regularizer.advance()
-        else:
-            self.regularizer.hold()
-            found = Update(number, None, 0.0, self.history[-1].dead, 0, done=True)
-        self.history.append(found)
-        if self._recorder is not None:
-            self._recorder.record(number, self.regularizer)
-        self._set_beta()
+    def _judge(self, number: int, dead: int) -> Update:
+        """Price the network, adapt beta, and land on the target at the last update."""
+        ratio, killed = None, 0
+        last = number >= self.updates
+        if last or number % self._every == 0:
+            ratio = self._ratio()
+            if ratio > self.target and last:
+                killed, ratio = self._land(ratio)
+                dead = self.regularizer.freeze()
+        found = Update(number, ratio, self.base, dead, killed, done=last or (ratio or 1.0) <= self.target)
+        if ratio is not None and not found.done:
+            self._adapt(number, ratio)
         return found
 
     def _adapt(self, number: int, ratio: float) -> None:
@@ -209,8 +138,8 @@ class Controller:
         """Return which weights are zero, some modules counted among them, in the order of `named_parameters`."""
         marks = {} if killed is None else self.regularizer.marks(killed)
         parts = []
-        for name, weight in self.regularizer.model.named_parameters():
-            zero = weight.detach() == 0
+        for name, weight in named_parameters(self.regularizer.model):
+            zero = whole(weight.detach() == 0)
             if name in marks:
                 zero = zero | marks[name]
             parts.append(zero.reshape(-1).cpu())
@@ -228,7 +157,7 @@ class Controller:
             middle = (low + high) // 2
             killed = torch.zeros(total, dtype=torch.bool)
             killed[order[: middle + 1]] = True
-            found = self._cost.ratio(self.regularizer.model, self._zero(killed))
+            found = self._ratio(killed)
             if found <= self.target:
                 high, best = middle, found
             else:
@@ -241,7 +170,7 @@ class Controller:
             self.regularizer.kill(name, torch.nonzero(killed[start : start + len(dead)]).reshape(-1).tolist())
             start += len(dead)
         if best > self.target:
-            best = self._cost.ratio(self.regularizer.model, self._zero())
+            best = self._ratio()
         return count, best
 
     def _ranked(self) -> Tensor:
@@ -254,24 +183,3 @@ class Controller:
             candidates += [(float(score[i]), start + int(i)) for i in live if best is None or i != best]
             start += len(dead)
         return torch.tensor([place for _, place in sorted(candidates)], dtype=torch.int64)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what resuming needs beside the model and the optimiser; the regulariser's state is in it."""
-        return {
-            "regularizer": self.regularizer.state_dict(),
-            "history": list(self.history),
-            "done": self.done,
-            "base": self.base,
-            "steps": self._steps,
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` returned.
-
-        Raises:
-            UsageError: the regulariser has other groups.
-        """
-        self.regularizer.load_state_dict(state["regularizer"])
-        self.history = list(state["history"])
-        self.done, self.base = bool(state["done"]), float(state["base"])
-        self._steps = int(state["steps"])

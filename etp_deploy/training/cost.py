@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import statistics
 import tempfile
 import time
@@ -19,6 +18,7 @@ from etp_deploy.errors import UsageError
 from etp_deploy.exporting import export
 from etp_deploy.inputs import draw_inputs, input_specs
 from etp_deploy.pipeline import compress
+from etp_deploy.training.wrapping import plain_copy
 
 if TYPE_CHECKING:
     from torch import nn
@@ -112,7 +112,7 @@ class LatencyCost(Cost):
         self._rounds = rounds
         self._folder = tempfile.TemporaryDirectory(prefix="etp-deploy-")
         self._dense = Path(self._folder.name, "dense.onnx")
-        self._export(model, self._dense)
+        self._export(plain_copy(model), self._dense)
 
     def _export(self, model: nn.Module, path: Path) -> None:
         opset = 17 if self._exporter == "torchscript" else 20
@@ -153,7 +153,7 @@ def with_zeros(model: nn.Module, zero: np.ndarray) -> nn.Module:
         model: the network.
         zero: which weights, flat, in the order of `named_parameters`.
     """
-    twin = copy.deepcopy(model)
+    twin = plain_copy(model)
     start = 0
     with torch.no_grad():
         for weight in twin.parameters():

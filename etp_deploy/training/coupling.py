@@ -12,6 +12,7 @@ from etp_deploy.surgery.analysis import settle
 from etp_deploy.surgery.coupling import Coupling, couple
 from etp_deploy.training.blueprint import BATCH_NORMS, Blueprint
 from etp_deploy.training.modules import Group, Part
+from etp_deploy.training.wrapping import named_modules
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -130,7 +131,7 @@ def _names(drafts: Sequence[_Draft]) -> list[str]:
 def _gains(model: nn.Module) -> set[str]:
     return {
         f"{name}.weight".removeprefix(".")
-        for name, module in model.named_modules()
+        for name, module in named_modules(model)
         if isinstance(module, BATCH_NORMS)
     }
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from etp_deploy.errors import ModelError
-from etp_deploy.training.modules import Group, Part, parameter
+from etp_deploy.training.modules import Group, Part
+from etp_deploy.training.wrapping import named_parameters, parameter
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -128,7 +129,7 @@ def recurrent_units(name: str, model: nn.Module, layer: str, number: int = 0) ->
     Raises:
         ModelError: there is no such layer.
     """
-    names = [found for found, _ in model.named_parameters()]
+    names = [found for found, _ in named_parameters(model)]
     parts: list[Part] = []
     deciding: list[int] = []
     for suffix in ("", "_reverse"):

@@ -7,12 +7,14 @@ reduction a line and one `index_add` over all of them; all changes of weights ar
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from etp_deploy.training.modules import parameter
+from etp_deploy.errors import ModelError
+from etp_deploy.training.shards import Kind, Weights, gather_back
+from etp_deploy.training.wrapping import parameter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -20,8 +22,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from etp_deploy.training.modules import Group, Part
-
-Kind = Literal["squares", "absolutes", "largest"]
 
 
 @dataclass
@@ -67,6 +67,7 @@ class Layout:
         self, model: nn.Module, groups: Sequence[Group], takes: Callable[[Part], bool] | None = None
     ) -> None:
         self.names: list[str] = []
+        self._shapes: list[torch.Size] = []
         self.counts = [group.count(model) for group in groups]
         self.total = sum(self.counts)
         self.lines: list[_Line] = []
@@ -107,6 +108,7 @@ class Layout:
         """Put a part's slots on a line of its parameter that is free at these places."""
         if name not in self.names:
             self.names.append(name)
+            self._shapes.append(weight.shape)
         number = self.names.index(name)
         for line in self.lines:
             if (line.parameter, line.axis) == (number, axis) and not ((line.slots >= 0) & (slots >= 0)).any():
@@ -114,9 +116,20 @@ class Layout:
                 return
         self.lines.append(_Line(number, axis, slots, weight.numel() // weight.shape[axis]))
 
-    def weights(self, model: nn.Module) -> list[Tensor]:
-        """Return the parameters, in the order of `names`."""
-        return [parameter(model, name) for name in self.names]
+    def weights(self, model: nn.Module) -> Weights:
+        """Return what this process holds of the parameters, in the order of `names`.
+
+        Raises:
+            ModelError: a parameter is gone or has another shape.
+            UsageError: they are sharded in a manner that is not understood.
+        """
+        gather_back(model)
+        found = [parameter(model, name) for name in self.names]
+        for name, weight, shape in zip(self.names, found, self._shapes, strict=True):
+            if weight.shape != shape:
+                what = f"its shape was {tuple(shape)} and is {tuple(weight.shape)}"
+                raise ModelError(what, where=name, hint="of the ways to shard, fully_shard keeps shapes")
+        return Weights.held(model, found)
 
     def split(self, row: Tensor) -> tuple[Tensor, ...]:
         """Cut a row over all modules into one vector for each group."""
@@ -137,7 +150,7 @@ class Layout:
             )
         return self._maps[device]
 
-    def reduce(self, weights: Sequence[Tensor], kind: Kind) -> Tensor:
+    def reduce(self, weights: Weights, kind: Kind) -> Tensor:
         """Return a number for each slot: the sum of squares or of absolute values, or the largest absolute value.
 
         Args:
@@ -151,21 +164,24 @@ class Layout:
         for line in self.lines:
             key = line.parameter, line.axis
             if key not in found:
-                found[key] = _along_axis(weights[line.parameter], line.axis, order).to(device)
+                sums = _along_axis(weights[line.parameter], line.axis, order).to(device)
+                found[key] = weights.widen(*key, sums)
             vectors.append(found[key])
         values = torch.cat(vectors)
         slots = self.maps(device).slots
         result = values.new_zeros(self.slots + 1)
         if kind == "largest":
-            return result.scatter_reduce_(0, slots, values, "amax")[:-1]
-        return result.index_add_(0, slots, values.square_() if kind == "squares" else values)[:-1]
+            result.scatter_reduce_(0, slots, values, "amax")
+        else:
+            result.index_add_(0, slots, values.square_() if kind == "squares" else values)
+        return weights.complete(result, kind)[:-1]
 
     def by_module(self, slots: Tensor) -> Tensor:
         """Add up a row over slots into a row over modules."""
         row = slots.new_zeros(self.total)
         return row.index_add_(0, self.maps(slots.device).slot_module, slots)
 
-    def spread(self, row: Tensor, weights: Sequence[Tensor], *, rest: float = 0.0) -> list[list[Tensor]]:
+    def spread(self, row: Tensor, weights: Weights, *, rest: float = 0.0) -> list[list[Tensor]]:
         """Lay a row over modules out along the parameters.
 
         Args:
@@ -183,7 +199,8 @@ class Layout:
         for line, vector in zip(self.lines, vectors, strict=True):
             weight = weights[line.parameter]
             shape = [-1 if axis == line.axis else 1 for axis in range(weight.ndim)]
-            result[line.parameter].append(vector.to(weight.device).reshape(shape))
+            own = weights.narrow(line.parameter, line.axis, vector.to(weight.device))
+            result[line.parameter].append(own.reshape(shape))
         return result
 
 
@@ -194,6 +211,8 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 def _along_axis(weight: Tensor, axis: int, order: float) -> Tensor:
     """Return the norm of each index along an axis, shape (n,)."""
+    if not weight.numel():  # a shard may hold nothing, of which there is no largest
+        return weight.new_zeros(weight.shape[axis], dtype=wide(weight.dtype))
     rest = [other for other in range(weight.ndim) if other != axis]
     if not rest:
         return weight.detach().abs().to(wide(weight.dtype))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from etp_deploy.errors import ModelError
+from etp_deploy.training.wrapping import named_modules, parameter
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -170,18 +171,6 @@ class Group:
         return least
 
 
-def parameter(model: nn.Module, name: str) -> nn.Parameter:
-    """Return a model's parameter by name.
-
-    Raises:
-        ModelError: there is no such parameter.
-    """
-    try:
-        return model.get_parameter(name)
-    except AttributeError:
-        raise ModelError("the model has no such parameter", where=name) from None
-
-
 def neurons(name: str, first: str, second: str | None = None) -> Group:
     """Declare the hidden neurons between two linear layers as modules.
 
@@ -267,7 +256,7 @@ def discover(
     Raises:
         ModelError: `exclude` names something that the model does not have.
     """
-    modules = dict(model.named_modules())
+    modules = dict(named_modules(model))
     for name in exclude:
         if name not in modules:
             raise ModelError("no such layer to exclude", where=name)

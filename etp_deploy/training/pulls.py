@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from etp_deploy.training.shards import Weights
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -31,12 +33,12 @@ class Pull:
     norm: Norm
     pulls: Tensor
 
-    def penalty(self, weights: Sequence[Tensor]) -> Tensor:
+    def penalty(self, weights: Weights) -> Tensor:
         """Return the sum of pulls times sizes as a differentiable scalar."""
         value: Tensor = _Penalty.apply(self, *weights)  # type: ignore[no-untyped-call]
         return value
 
-    def sizes(self, weights: Sequence[Tensor]) -> Tensor:
+    def sizes(self, weights: Weights) -> Tensor:
         """Return each module's size, shape (total,)."""
         kind: Literal["squares", "absolutes"] = "absolutes" if self._absolute else "squares"
         sums = self.layout.by_module(self.layout.reduce(weights, kind))
@@ -61,18 +63,19 @@ class Pull:
         assert sizes is not None
         return torch.where(sizes > 0, self.pulls * self._elements / sizes.clamp(min=1e-30), 0.0)
 
-    def add_gradients(self, weights: Sequence[Tensor], scale: float) -> None:
+    def add_gradients(self, weights: Weights, scale: float) -> None:
         """Add the gradient, times a scale, to those weights that have one."""
         sizes = self.sizes(weights) if self.norm == "l2" else None
         lines = self.layout.spread(self.coefficients(sizes) * scale, weights)
-        for weight, own in zip(weights, lines, strict=True):
-            if weight.grad is None:
+        for number, (weight, own) in enumerate(zip(weights, lines, strict=True)):
+            gradient = weights.gradient(number)
+            if gradient is None:
                 continue
             direction, factor = self._direction(weight), _sum(own)
-            if weight.grad.dtype == factor.dtype:
-                weight.grad.addcmul_(direction, factor)
+            if gradient.dtype == factor.dtype:
+                gradient.addcmul_(direction, factor)
             else:
-                weight.grad.add_((direction.to(factor.dtype) * factor).to(weight.grad.dtype))
+                gradient.add_((direction.to(factor.dtype) * factor).to(gradient.dtype))
 
     def gradient(self, weight: Tensor, lines: Sequence[Tensor]) -> Tensor:
         """Return the gradient of one weight, given its coefficients along its lines."""
@@ -81,7 +84,7 @@ class Pull:
             return weight.sign().to(factor.dtype).mul_(factor).to(weight.dtype)
         return (weight.to(factor.dtype) * factor).to(weight.dtype)
 
-    def shrink(self, weights: Sequence[Tensor], rate: float) -> None:
+    def shrink(self, weights: Weights, rate: float) -> None:
         """Take one proximal step of a length, see `TorqueRegularizer.shrink`."""
         row = rate * self.pulls
         if self.norm == "mean_l1":
@@ -117,7 +120,7 @@ class _Penalty(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, pull: Pull, *weights: Tensor) -> Tensor:
-        sizes = pull.sizes(weights)
+        sizes = pull.sizes(Weights(weights))
         ctx.pull = pull
         ctx.sizes = sizes
         ctx.save_for_backward(*weights)
@@ -126,7 +129,7 @@ class _Penalty(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
-        weights, pull = ctx.saved_tensors, ctx.pull
+        weights, pull = Weights(ctx.saved_tensors), ctx.pull
         lines = pull.layout.spread(pull.coefficients(ctx.sizes) * slope, weights)
         wanted = ctx.needs_input_grad[1:]
         pairs = zip(weights, lines, wanted, strict=True)

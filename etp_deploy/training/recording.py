@@ -12,6 +12,7 @@ from rich.table import Table
 
 from etp_deploy.errors import UsageError
 from etp_deploy.training.drawing import Curve, curves
+from etp_deploy.training.shards import is_first
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -100,12 +101,12 @@ class Recorder:
         self._write(fresh)
 
     def _rewrite(self) -> None:
-        if self.path is not None:
+        if self.path is not None and is_first():
             self.path.unlink(missing_ok=True)
             self._write(self.rows)
 
     def _write(self, rows: Sequence[Row]) -> None:
-        if self.path is None:
+        if self.path is None or not is_first():
             return
         new = not self.path.exists()
         with self.path.open("a", newline="") as file:

@@ -26,6 +26,7 @@ from etp_deploy.training.forces import (
 from etp_deploy.training.layout import Layout, wide
 from etp_deploy.training.modules import Group, discover
 from etp_deploy.training.pulls import Norm, Pull
+from etp_deploy.training.shards import Weights
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -188,18 +189,28 @@ class TorqueRegularizer:
     def advance(self) -> None:
         """Tell that an update interval has passed; only growing regularisation does something then."""
 
-    def _pull(self) -> Pull:
-        weight = self._pulled.weights(self.model)[0]
-        pulls = (self.strength * self._forces).to(device=weight.device, dtype=wide(weight.dtype))
-        return Pull(self._pulled, self._norm, pulls)
+    def _pull(self) -> tuple[Pull, Weights]:
+        """Return the force, and the weights it is at work on."""
+        weights = self._pulled.weights(self.model)
+        pulls = (self.strength * self._forces).to(device=weights[0].device, dtype=wide(weights[0].dtype))
+        return Pull(self._pulled, self._norm, pulls), weights
 
     def penalty(self) -> Tensor:
         """Return `beta` times the torque of all modules: a differentiable scalar, in float32 or better.
 
         Source: section "Exponential torque" of the paper; add it to the loss of each step. Its gradient is
         computed in closed form, in one pass over the weights.
+
+        Raises:
+            UsageError: the network is sharded.
         """
-        return self._pull().penalty(self._pulled.weights(self.model))
+        pull, weights = self._pull()
+        if weights.sharded:
+            hint = "call add_gradients() after backward, or shrink(rate) after the optimiser's step"
+            raise UsageError(
+                "the shards of a network have no penalty of their own", where="penalty", hint=hint
+            )
+        return pull.penalty(weights)
 
     @torch.no_grad()
     def add_gradients(self, scale: float = 1.0) -> None:
@@ -211,7 +222,8 @@ class TorqueRegularizer:
         Args:
             scale: what the loss was multiplied by, such as a gradient scaler's factor.
         """
-        self._pull().add_gradients(self._pulled.weights(self.model), scale)
+        pull, weights = self._pull()
+        pull.add_gradients(weights, scale)
 
     @torch.no_grad()
     def shrink(self, rate: float) -> None:
@@ -228,7 +240,8 @@ class TorqueRegularizer:
         Args:
             rate: the optimiser's learning rate at this step; call it after the optimiser's step.
         """
-        self._pull().shrink(self._pulled.weights(self.model), rate)
+        pull, weights = self._pull()
+        pull.shrink(weights, rate)
 
     # the dead
 
@@ -292,7 +305,8 @@ class TorqueRegularizer:
             raise UsageError("nothing is frozen", hint="call freeze() before hold()")
         weights = self._layout.weights(self.model)
         for number, axis, places in self._held:
-            weights[number].index_fill_(axis, places.to(weights[number].device), 0.0)
+            here = weights.places(number, axis, places.to(weights[number].device))
+            weights[number].index_fill_(axis, here, 0.0)
 
     @torch.no_grad()
     def kill(self, group: str, indices: Iterable[int]) -> None:
@@ -322,10 +336,10 @@ class TorqueRegularizer:
             modules: for each module of all groups in a row, whether it counts.
         """
         weights = self._layout.weights(self.model)
-        row = modules.to(weights[0].device)
+        row, whole = modules.to(weights[0].device), Weights(weights.parameters)
         result = {}
         for name, weight, lines in zip(
-            self._layout.names, weights, self._layout.spread(row, weights), strict=True
+            self._layout.names, whole, self._layout.spread(row, whole), strict=True
         ):
             marked = torch.zeros(weight.shape, dtype=torch.bool, device=weight.device)
             for line in lines:

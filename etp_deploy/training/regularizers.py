@@ -11,6 +11,7 @@ from etp_deploy.errors import UsageError
 from etp_deploy.training.layout import Layout
 from etp_deploy.training.modules import discover
 from etp_deploy.training.regularizer import TorqueRegularizer
+from etp_deploy.training.wrapping import named_modules
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -92,7 +93,7 @@ class SlimmingRegularizer(TorqueRegularizer):
             groups = discover(model, exclude=exclude, include_bias=include_bias, include_norm=True)
         self._gains = {
             f"{name}.weight".removeprefix(".")
-            for name, module in model.named_modules()
+            for name, module in named_modules(model)
             if isinstance(module, nn.modules.batchnorm._BatchNorm)  # noqa: SLF001 - torch names no public base
         }
         groups = [group for group in groups if any(self._is_gain(part) for part in group.parts)]

@@ -90,6 +90,11 @@ def _quotient(total: int, parts: int) -> int:
             removable=False,
         ),
         example(computed(2, 4, 3, 2), weight(2, 4, 3, 2), computed(2, 4, 3, 2), opset=23, removable=False),
+        example(
+            *(computed(2, 4, 5, 6), computed(2, 4, 3, 6), computed(2, 4, 3, 2), None, None, None),
+            literal([0, 2]),
+            opset=24,
+        ),
     ),
 )
 def attention(node: ir.Node) -> Statement:
@@ -152,6 +157,7 @@ def _may_mask_all(node: ir.Node) -> bool:
             num_heads=4,
             removable=False,
         ),
+        example(computed(2, 3, 12), weight(2, 5, 12), computed(2, 5, 12), num_heads=4, removable=False),
     ),
 )
 def multi_head_attention(node: ir.Node) -> Statement:
@@ -226,6 +232,14 @@ def multi_head_attention(node: ir.Node) -> Statement:
             kv_num_heads=2,
             outputs=3,
         ),
+        example(
+            *(computed(2, 3, 32), weight(2, 3, 32), computed(2, 3, 32), None, None),
+            *(literal([2, 2], "int32"), literal(3, "int32")),
+            num_heads=4,
+            kv_num_heads=4,
+            outputs=1,
+            removable=False,
+        ),
     ),
 )
 def group_query_attention(node: ir.Node) -> Statement:
@@ -241,12 +255,10 @@ def group_query_attention(node: ir.Node) -> Statement:
     sink = input_at(node, 11) is not None or attribute(node, "smooth_softmax", 0) > 0
     form = Form(
         (2,),
-        scale=None if attribute(node, "scale", 0.0) else 1.0 / math.sqrt(size),
         counts=("num_heads", "kv_num_heads"),
         # rows beyond a sequence's length hold what the kernel pleases
         sums_to_one=False,
         shiftable=not (rotated or normalised or sink or attribute(node, "softcap", 0.0)),
-        one_size=True,
         whole="heads have to be of a size that is a multiple of eight, at",
         cached=_CACHE if cached else "",
         per_head=((10, 3), (11, 1)),
@@ -318,6 +330,11 @@ def pinned_attention(node: ir.Node) -> Statement:
             rotary_embedding_dim=4,
             interleaved=1,
         ),
+        example(
+            *(computed(2, 4, 3, 6), weight(8, 4), weight(8, 4), indices(2, 3, below=8)),
+            opset=23,
+            removable=False,
+        ),
     ),
 )
 def rotary_embedding(node: ir.Node) -> Statement:
@@ -335,6 +352,12 @@ def rotary_embedding(node: ir.Node) -> Statement:
             *(computed(2, 3, 24), indices(2, 3, below=8), weight(8, 2), weight(8, 2)),
             num_heads=4,
             rotary_embedding_dim=4,
+        ),
+        example(
+            *(computed(2, 3, 24), indices(2, 3, below=8), weight(8, 3), weight(8, 3)),
+            num_heads=4,
+            is_packed_batching=1,
+            removable=False,
         ),
     ),
 )

@@ -109,6 +109,7 @@ def cast(node: ir.Node) -> Statement:
     "Dropout",
     examples=(
         example(computed(2, 6, 4)),
+        example(weight(2, 6, 4), operator="Identity"),
         example(computed(2, 6, 4), literal(0.5, "float32"), literal(False, "bool"), operator="Dropout"),
         example(
             computed(2, 6, 4),

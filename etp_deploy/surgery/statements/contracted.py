@@ -105,7 +105,8 @@ class Contracted(Statement):
             if has_labels(factors) and axis != self.data_axis and not self._passes(axis):
                 state.pin(self.data, axis, "the operator mixes positions along this axis", self.node)
         labels = sum(factor.labelled for factor in structure[self.data_axis])
-        if labels > 1 or (labels and self.weight.groups > 1 and len(structure[self.data_axis]) > 1):
+        merged = labels and len(structure[self.data_axis]) > 1
+        if labels > 1 or (merged and (self.weight.groups > 1 or self._unsized(structure[self.data_axis]))):
             state.pin(self.data, self.data_axis, "several axes are merged here", self.node)
             structure = _without_labels(structure, self.data_axis)
         if self._block() > 1 and not all(factor.labelled for factor in structure[self.data_axis]):
@@ -132,6 +133,12 @@ class Contracted(Statement):
             state.product.add(self.data)
         if len(self._batch):
             state.product.add(self.out)
+
+    def _unsized(self, axis: Axis) -> bool:
+        """Whether channels are merged with an axis that is longer than 1, by how much only the weight says."""
+        labels = int(np.prod([factor.extent for factor in axis]))
+        dynamic = any(factor.size.static is None for factor in axis)
+        return dynamic and labels != self._array().shape[self.weight.contracted]
 
     def _passes(self, axis: int) -> bool:
         """Whether an axis of the data is an axis of the output, index by index (all but Conv's space)."""

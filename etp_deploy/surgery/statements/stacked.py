@@ -57,6 +57,9 @@ class Stacked(Statement):
         self.out = node.outputs[0]
         self.weight = 1 - data
         self.names = names
+        # the weight's axes as the operator has them, and the sizes that those which are taken apart fall into
+        self._own = names[1]
+        self._splits: dict[str | None, tuple[int, ...]] = {}
         self.scale = scale
         self.active = False
         self._held: tuple[np.ndarray, np.ndarray] | None = None
@@ -75,9 +78,9 @@ class Stacked(Statement):
             state.pin(self.data, None, "shapes are not known here", self.node)
             set_plain(state, self.out)
             return
+        seen = self._seen(state, structure)
         ours, weight, named = self.names
         self._sizes = dict(zip(weight, self._array().shape, strict=True))
-        seen = tuple(self._seen(state, *item) for item in enumerate(structure))
         out = tuple(
             (labelled(self._sizes[name]) if self._sizes[name] > 1 else plain((1,))[0])
             if name in self._sizes
@@ -92,12 +95,31 @@ class Stacked(Statement):
             # the weight is the same for all that pass
             state.product |= {self.data, self.out}
 
-    def _seen(self, state: State, axis: int, factors: Axis) -> Axis:
-        """Return an axis of the data, without labels where they are torn apart here."""
-        if self.names[0][axis] not in self.names[1] or len(factors) == 1 or not has_labels(factors):
-            return factors
-        state.pin(self.data, axis, "several axes are merged here", self.node)
-        return tuple(Factor(factor.size) for factor in factors)
+    def _seen(self, state: State, structure: Structure) -> Structure:
+        """Return the data's structure with a name for each axis: merged axes are taken apart where all are summed over.
+
+        Those that would be torn apart lose their labels.
+        """
+        ours, weight, named = self.names
+        seen: list[Axis] = []
+        names: list[str | None] = []
+        parts: dict[str | None, tuple[str, ...]] = {}
+        for axis, (name, factors) in enumerate(zip(ours, structure, strict=True)):
+            merged = name in weight and len(factors) > 1 and has_labels(factors)
+            if merged and name not in named and all(factor.size.static is not None for factor in factors):
+                parts[name] = tuple(f"{name} {place}" for place in range(len(factors)))
+                self._splits[name] = tuple(factor.size.coefficient for factor in factors)
+                names += parts[name]
+                seen += [(factor,) for factor in factors]
+                continue
+            if merged:
+                state.pin(self.data, axis, "several axes are merged here", self.node)
+                factors = tuple(Factor(factor.size) for factor in factors)  # noqa: PLW2901 - as seen from here
+            names.append(name)
+            seen.append(factors)
+        inner = tuple(part for name in weight for part in parts.get(name, (name,)))
+        self.names = (tuple(names), inner, named)
+        return tuple(seen)
 
     def _arrange(self, whole: tuple[int, ...], seen: Structure, out: Structure) -> None:
         """Note which dimension of either frame is which."""
@@ -126,9 +148,16 @@ class Stacked(Statement):
         self._reads = Reads(self._grouped() != 0)
 
     def _array(self) -> np.ndarray:
+        """Return the weight, its axes taken apart as the data's are."""
         array = array_of(self.node.inputs[self.weight])
         assert array is not None
-        return array
+        return array.reshape(
+            [
+                size
+                for name, whole in zip(self._own, array.shape, strict=True)
+                for size in self._splits.get(name, (whole,))
+            ]
+        )
 
     def _shape(self, names: Sequence[str]) -> tuple[int, ...]:
         return tuple(self._sizes[name] for name in names)
@@ -358,7 +387,10 @@ class Stacked(Statement):
             index = np.transpose(indices[name], turn)
             extents = iter(index.shape)
             taken.append(index.reshape([1 if other is None else next(extents) for other in weight]))
-        merged = np.broadcast_shapes(*(index.shape for index in taken))
+        extents = iter(np.broadcast_shapes(*(index.shape for index in taken)))
+        merged = tuple(
+            int(np.prod([next(extents) for _ in self._splits.get(name, (1,))])) for name in self._own
+        )
         yield GatherInput(self.weight, self._array().shape, tuple(taken), merged)
         yield from self._folded(state, indices)
 
@@ -406,10 +438,19 @@ def stack(
 
 
 def _equal(mask: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Return a mask (row, channel...) in which each of some rows keeps equally many channels, and at least one."""
+    """Return a mask (row, channel...) in which each of some rows keeps equally many channels, and at least one.
+
+    Rows are filled with the channels that most others keep, which is what may have to line up.
+    """
     filled = mask.copy()
-    lacking = np.flatnonzero(rows & ~mask.reshape(len(mask), -1).any(axis=1))
-    filled.reshape(len(mask), -1)[lacking, 0] = True
+    flat = filled.reshape(len(mask), -1)
+    flat[rows & ~flat.any(axis=1), np.argmax(flat.sum(axis=0))] = True
+    lines = filled.reshape(-1, mask.shape[-1])
+    order = np.argsort(-lines.sum(axis=0), kind="stable")
+    wanted = int(lines.sum(axis=1).max(initial=0))
+    for line in np.flatnonzero(lines.any(axis=1)):
+        lacking = order[~lines[line, order]]
+        lines[line, lacking[: wanted - int(lines[line].sum())]] = True
     return nested_fill(filled)
 
 
