@@ -182,9 +182,9 @@ def _summary(rows: dict[str, dict[str, Any]]) -> str:
     return (
         f"{len(rows)} architectures with planted dead structure, compressed without alignment:\n\n"
         f"{''.join(counts)}\n"
-        "Sizes are elements of floating-point constants in the exported files, equal ones counted once; the floor "
-        "is the file of the network without its dead units. The last column has the reasons of what is not at the "
-        "floor. The seconds in the JSON were measured on a machine that was busy with other work.\n\n"
+        "Sizes are elements of floating-point constants in the exported files, counted in one way within a row; the "
+        "floor is the file of the network without its dead units. The last column has the reasons of what is not "
+        "at the floor. The seconds in the JSON were measured on a machine that was busy with other work.\n\n"
     )
 
 
