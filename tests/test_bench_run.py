@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 
 import numpy as np
 import onnx
@@ -173,13 +174,11 @@ def test_memory_phases(result):
         channels = NARROW if measured.model == "narrow.onnx" else WIDE
         assert used["weights_bytes"] == 4 * 9 * channels * (3 + channels)
         assert used["activation_peak_bytes"] > 0
-        assert (
-            used["idle_rss_bytes"]
-            < used["loaded_rss_bytes"]
-            <= used["first_run_rss_bytes"]
-            <= used["steady_rss_bytes"]
-            <= used["peak_rss_bytes"]
-        )
+        order = ("idle", "loaded", "first_run", "steady", "peak")
+        sizes = [used["peak_rss_bytes" if phase == "peak" else f"{phase}_rss_bytes"] for phase in order]
+        assert sizes[0] < sizes[1]
+        # Linux counts a process's pages in batches of 64 for each thread
+        assert all(after >= before - 64 * 4096 for before, after in pairwise(sizes))
 
 
 def test_activation_peak_is_exact(folder):
