@@ -217,7 +217,7 @@ def test_pickled_inputs_are_refused(tmp_path):
     """An npz file cannot smuggle in objects that run code."""
     specs = input_specs(saved(bert_like(), tmp_path))
     np.savez(tmp_path / "in.npz", input_ids=np.array([print], dtype=object))
-    with pytest.raises(UsageError, match="cannot read"):
+    with pytest.raises(InputError, match="cannot read"):
         load_inputs(tmp_path / "in.npz", specs)
 
 
