@@ -110,7 +110,7 @@ def compression_page(document: Mapping[str, Any]) -> Html:
 
 
 def compression_sections(document: Mapping[str, Any]) -> list[Html]:
-    """Make the sections of one compression; the demo's page uses them too."""
+    """Make the sections of one compression."""
     entries = [(name, ratio, f"{before} to {after}") for name, before, after, ratio in size_rows(document)]
     found = document["verification"]
     word = html.badge("not verified", "open") if found is None else html.badge("verified", "good")

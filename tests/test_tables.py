@@ -93,10 +93,12 @@ def test_what_other_options_would_change():
     lines = drawn(inspection(found | {"merged_duplicates": 2}, everything=False), 100)
     assert lines[-4:] == [
         "merged as multiples of others: 2",
-        "counted for --align auto by the rule for cpu-avx2, nothing measured",
+        "--align auto is here what the rule for cpu-avx2 says; nothing was measured",
         "removable in all by --align: off: 20, 4: 16",
         "more output channels that --zero-below would take for dead: 1e-06: 0, 0.01: 3",
     ]
+    asked = drawn(inspection(found | {"align": 4}, everything=False), 100)
+    assert not any("rule" in line for line in asked)
     none = document(layer("c0"), nearly_dead={"1e-06": 0, "0.01": 0})
     assert drawn(inspection(none, everything=False), 100)[-1] == (
         "--zero-below, up to 0.01, would take no more output channels for dead"

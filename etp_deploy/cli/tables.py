@@ -111,8 +111,9 @@ def alternatives(document: Mapping[str, Any]) -> Iterator[str]:
     """Yield what was merged, and what another alignment or threshold would change."""
     if document["merged_duplicates"]:
         yield f"merged as multiples of others: {document['merged_duplicates']:,}"
+    if document["by_align"] and document["align"] == "auto":
+        yield f"--align auto is here what the rule for {document['target']} says; nothing was measured"
     if document["by_align"]:
-        yield f"counted for --align {document['align']} by the rule for {document['target']}, nothing measured"
         yield f"removable in all by --align: {_pairs(document['by_align'])}"
     nearly = document["nearly_dead"]
     if any(nearly.values()):
