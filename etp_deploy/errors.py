@@ -39,6 +39,10 @@ class ModelError(EtpError):
     """A model file that cannot be read, or that is not valid ONNX."""
 
 
+class InputError(EtpError):
+    """A file of inputs that is missing, or that cannot be read."""
+
+
 class ExportError(EtpError):
     """A PyTorch module that could not be exported, or whose export computes something else."""
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from etp_deploy.errors import UsageError
+from etp_deploy.errors import InputError, UsageError
 from etp_deploy.inputs import fits
 
 if TYPE_CHECKING:
@@ -29,9 +29,12 @@ def load_inputs(path: Path | str, specs: Sequence[InputSpec]) -> dict[str, np.nd
         specs: what the model takes.
 
     Raises:
+        InputError: when there is no such file, or it cannot be read.
         UsageError: when the path holds no inputs, or not these.
     """
     place = Path(path)
+    if not place.exists():
+        raise InputError("there is no such file of inputs", where=str(place), hint="check the path")
     if place.is_dir():
         return _images(place, specs)
     if place.suffix not in {".npz", ".json"}:
@@ -41,7 +44,7 @@ def load_inputs(path: Path | str, specs: Sequence[InputSpec]) -> dict[str, np.nd
     try:
         found = _npz(place) if place.suffix == ".npz" else _json(place)
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise UsageError(f"cannot read the inputs: {error}", where=str(place), hint="") from error
+        raise InputError(f"cannot read the inputs: {error}", where=str(place)) from error
     if missing := [spec.name for spec in specs if spec.name not in found]:
         held = ", ".join(found) or "nothing"
         raise UsageError(f"holds no array for {missing[0]!r}", where=str(place), hint=f"it holds {held}")

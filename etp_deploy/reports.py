@@ -71,7 +71,7 @@ def alignment_line(document: Mapping[str, Any]) -> str:
     used = "no alignment" if found["used"] == "off" else f"channel counts at multiples of {found['used']}"
     line = f"{used}, for {found['target']}"
     if found["times"]:
-        times = ", ".join(f"{name} {time:.2f}" for name, time in found["times"].items())
+        times = ", ".join(f"{name}: {time:.2f}" for name, time in found["times"].items())
         line += f"; measured here, time against exact counts: {times}"
     return line
 
@@ -110,7 +110,7 @@ def compression_page(document: Mapping[str, Any]) -> Html:
 
 
 def compression_sections(document: Mapping[str, Any]) -> list[Html]:
-    """Make the sections of one compression; the demo's page uses them too."""
+    """Make the sections of one compression."""
     entries = [(name, ratio, f"{before} to {after}") for name, before, after, ratio in size_rows(document)]
     found = document["verification"]
     word = html.badge("not verified", "open") if found is None else html.badge("verified", "good")
@@ -121,6 +121,7 @@ def compression_sections(document: Mapping[str, Any]) -> list[Html]:
         html.paragraph(removed_line(document)),
         word,
         html.paragraph(verification_line(found), quiet=True),
+        html.paragraph(alignment_line(document), quiet=True),
         *(
             [html.notices([("close to dead", hint, "the result then differs by what those weights did")])]
             if hint

@@ -158,6 +158,7 @@ def test_report_page_stands_alone(models, capfd, tmp_path):
     assert "verified" in text
     assert "<svg" in text
     assert "kept although dead" in text
+    assert "channel counts at multiples of 4, for cpu-avx512" in text
     assert not re.search(r"(?:src|href)\s*=|https?://|@import|url\(", text)
 
 
@@ -282,6 +283,7 @@ BAD = (
     ("compress {m}/a.onnx -o {t}/o --align 0", 2, "none of auto, off or a positive number"),
     ("compress {m}/a.onnx -o {t}/o --zero-below 1", 2, "no share of a layer's largest weight"),
     ("compress {m}/a.onnx -o {t}/o --zero-below nan", 2, "no share of a layer's largest weight"),
+    ("compress {m}/a.onnx -o {t}/o --target some", 2, "Invalid value for '--target'"),
     ("compress {m}/a.onnx -o {t}/o --partial-residuals some", 2, "Invalid value for '--partial-residuals'"),
     ("inspect {m}/a.onnx --partial-residuals", 2, "requires an argument"),
     ("compress {m}/a.onnx -o {t}/o --unknown", 2, "No such option"),
@@ -293,6 +295,7 @@ BAD = (
     ("verify {m}/a.onnx {m}/c.onnx --rtol -1", 2, "no tolerance"),
     ("verify {m}/a.onnx {m}/c.onnx --ep nothing", 3, "the execution provider is not available"),
     ("bench {m}/none.onnx", 3, "there is no such file"),
+    ("bench {m}/a.onnx --inputs {m}/none.npz", 3, "there is no such file of inputs"),
     ("bench", 2, "Missing argument"),
     ("bench {m}/a.onnx --threads 1,x", 2, "no list of numbers"),
     ("bench {m}/a.onnx --batch 0", 2, "no list of numbers of 1 or more"),
@@ -463,18 +466,20 @@ def test_real_inputs_are_what_compress_and_verify_run_on(models, capfd, tmp_path
 
 @pytest.mark.parametrize("command", ["compress", "verify"])
 def test_real_inputs_that_cannot_be_used_are_refused(models, capfd, tmp_path, command):
-    """A file of other arrays, one that is missing, and options that contradict: exit 2, one line, no output."""
+    """Other arrays and options that contradict: exit 2; a file that is missing or broken: 3; no output."""
     np.savez(tmp_path / "flat.npz", x=np.zeros((2, 3)))
     out = tmp_path / "o.onnx"
     more = ("-o", out) if command == "compress" else (models / "c.onnx",)
     against = "--no-verify" if command == "compress" else "--shape=batch=2"
-    for extra, what in (
-        (("--inputs", tmp_path / "flat.npz"), "holds (2, 3), the model takes"),
-        (("--inputs", tmp_path / "none.npz"), "cannot read the inputs"),
-        (("--inputs", tmp_path / "flat.npz", against), "error: --"),
+    (tmp_path / "torn.npz").write_bytes(b"no archive")
+    for extra, expected, what in (
+        (("--inputs", tmp_path / "flat.npz"), 2, "holds (2, 3), the model takes"),
+        (("--inputs", tmp_path / "flat.npz", against), 2, "error: --"),
+        (("--inputs", tmp_path / "none.npz"), 3, "there is no such file of inputs"),
+        (("--inputs", tmp_path / "torn.npz"), 3, "cannot read the inputs"),
     ):
         code, text, err = call(capfd, command, models / "a.onnx", *more, *extra)
-        assert (code, text, err.count("\n")) == (2, "", 1)
+        assert (code, text, err.count("\n")) == (expected, "", 1)
         assert what in err
     assert not out.exists()
 

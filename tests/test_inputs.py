@@ -11,7 +11,7 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper, parser
 
-from etp_deploy.errors import ModelError, UsageError
+from etp_deploy.errors import InputError, ModelError, UsageError
 from etp_deploy.input_files import load_inputs
 from etp_deploy.inputs import InputSpec, draw_inputs, dynamic_dims, input_specs
 
@@ -202,8 +202,14 @@ def test_inputs_from_files(tmp_path):
         load_inputs(tmp_path / "flat.npz", specs)
     (tmp_path / "bad.npz").write_bytes(b"no archive")
     (tmp_path / "bad.json").write_text("[1")
-    for name in ("bad.npz", "bad.json", "absent.npz", "wrong.txt"):
-        with pytest.raises(UsageError, match=name.replace(".", r"\.")):
+    (tmp_path / "wrong.txt").touch()
+    for name, kind in (
+        ("bad.npz", InputError),
+        ("bad.json", InputError),
+        ("absent.npz", InputError),
+        ("wrong.txt", UsageError),
+    ):
+        with pytest.raises(kind, match=name.replace(".", r"\.")):
             load_inputs(tmp_path / name, specs)
 
 
@@ -211,7 +217,7 @@ def test_pickled_inputs_are_refused(tmp_path):
     """An npz file cannot smuggle in objects that run code."""
     specs = input_specs(saved(bert_like(), tmp_path))
     np.savez(tmp_path / "in.npz", input_ids=np.array([print], dtype=object))
-    with pytest.raises(UsageError, match="cannot read"):
+    with pytest.raises(InputError, match="cannot read"):
         load_inputs(tmp_path / "in.npz", specs)
 
 

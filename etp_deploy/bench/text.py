@@ -6,6 +6,7 @@ import csv
 import io
 from typing import TYPE_CHECKING, Any
 
+from rich import box
 from rich.table import Table
 from rich.text import Text
 
@@ -86,24 +87,44 @@ def milliseconds_text(value: float | None) -> str:
 
 
 def table(document: Mapping[str, Any]) -> Table:
-    """Render the terminal's table, with what the numbers mean as its caption."""
-    found = Table(caption=caption(document), caption_justify="left", pad_edge=False)
-    for at, name in enumerate(COLUMNS):
-        found.add_column(name, justify="left" if at in {0, 1, 7} else "right", overflow="fold")
-    for row in rows(document):
-        found.add_row(*(Text(cell, style=STYLES.get(cell, "")) for cell in row))
+    """Render the terminal's table, without columns that hold nothing, with what the numbers mean as its caption."""
+    found = Table(
+        caption=caption(document), caption_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
+    lines = [_in_two_lines(dict(zip(COLUMNS, row, strict=True))) for row in rows(document)]
+    # the verdict stands beside the ratio
+    held = [
+        name for name in COLUMNS if name != "verdict" and any(row[name].plain.strip(" -") for row in lines)
+    ]
+    for name in held:
+        # names may break, numbers and verdicts may not
+        left = name in {"model", "setting"}
+        found.add_column(name, justify="left" if left else "right", overflow="fold", no_wrap=name != "model")
+    for row in lines:
+        found.add_row(*(row[name] for name in held))
     return found
+
+
+def _in_two_lines(row: Mapping[str, str]) -> dict[str, Text]:
+    """Return a row's cells, those that are long broken where they mean two things."""
+    cells = {name: Text(cell) for name, cell in row.items()}
+    cells["setting"] = Text(row["setting"].replace(" batch ", "\nbatch "))
+    if row["verdict"]:
+        ratio, _, interval = row["against baseline"].partition(" ")
+        verdict = Text(row["verdict"], style=STYLES.get(row["verdict"], ""))
+        cells["against baseline"] = Text.assemble(ratio, " ", verdict, f"\n{interval}" if interval else "")
+    return cells
 
 
 def caption(document: Mapping[str, Any]) -> str:
     """Say what the table's numbers are."""
-    parts = ["memory: peak resident above an idle process; activations: exact peak"]
+    parts = []
     if document["comparisons"]:
         clocks = {"cpu": "processor time of one thread", "wall": "wall time"}
         used = sorted({c["clock"] for c in document["comparisons"]})
-        parts.insert(
-            0, f"against baseline: speed-up by {' and '.join(clocks[c] for c in used)}, 99 % interval"
-        )
+        parts.append(f"against baseline: speed-up by {' and '.join(clocks[c] for c in used)}, 99 % interval")
+    if any(measured["memory"] for model in document["models"] for measured in model["measurements"]):
+        parts.append("memory: peak resident above an idle process; activations: exact peak")
     return "; ".join(parts)
 
 
@@ -122,7 +143,7 @@ def dead_lines(document: Mapping[str, Any]) -> list[str]:
         lines.append(
             f"dead in {model['name']}: {found['removable']} of {found['channels']} channels, heads and neurons, "
             f"with {found['weights_share']:.0%} of the weights{work}; {', '.join(times)}; "
-            "etp-deploy compress takes them out"
+            "etp-deploy compress --align off takes them out"
         )
     return lines
 
@@ -131,7 +152,7 @@ def markdown(document: Mapping[str, Any]) -> str:
     """Render a Markdown table with the warnings below."""
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
     lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows(document)]
-    lines += ["", caption(document) + "."]
+    lines += ["", f"{caption(document)}."] if caption(document) else [""]
     lines += [f"- {line}" for line in dead_lines(document)]
     lines += [f"- **{w['name']}**: {w['message']} ({w['hint']})" for w in document["warnings"]]
     return "\n".join(lines) + "\n"

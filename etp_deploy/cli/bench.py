@@ -27,7 +27,12 @@ if TYPE_CHECKING:
     "--ep", "providers", multiple=True, help="Execution provider, such as cpu, cuda; may be repeated."
 )
 @click.option(
-    "--threads", type=counts(0), metavar="N[,N...]", default="1", show_default=True, help="Intra-op threads."
+    "--threads",
+    type=counts(0),
+    metavar="N[,N...]",
+    default="1",
+    show_default=True,
+    help="Intra-op threads; 0: as many as ONNX Runtime chooses.",
 )
 @click.option("--batch", type=counts(1), metavar="N[,N...]", help="Batch sizes, where the batch is dynamic.")
 @sizes

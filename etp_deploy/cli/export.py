@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 @click.option(
     "--samples", type=click.IntRange(min=1), default=3, show_default=True, help="Inputs to compare."
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of drawn inputs.")
 @click.option(
     "--rtol", type=tolerance, metavar="R", help="Allowed difference relative to each output's scale."
 )

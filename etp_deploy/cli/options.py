@@ -73,7 +73,7 @@ def align(command: Callable[..., Any]) -> Callable[..., Any]:
         default="auto",
         show_default=True,
         help="off: remove all that is dead; N: keep convolutions' channel counts at multiples of N; "
-        "auto: what the target's kernels are fast at; for the host that is measured.",
+        "auto: what the target's kernels are fast at; compress measures that for the host.",
     )(command)
 
 

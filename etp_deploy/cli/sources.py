@@ -36,6 +36,7 @@ def read_inputs(path: Path | None, model: Path) -> dict[str, np.ndarray] | None:
     """Read what `--inputs` names for a model's inputs; None where it names nothing.
 
     Raises:
+        InputError: when there is no such file, or it cannot be read.
         UsageError: when the path holds no inputs, or not this model's.
     """
     if path is None:

@@ -5,7 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from etp_deploy import html
-from etp_deploy.reports import bytes_text, count_text, layer_plot, ratio_text, removed_line, verification_line
+from etp_deploy.reports import (
+    alignment_line,
+    bytes_text,
+    count_text,
+    layer_plot,
+    ratio_text,
+    removed_line,
+    verification_line,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -111,6 +119,7 @@ def _sections(network: Mapping[str, Any], raw: Mapping[str, Mapping[str, Any]]) 
         plots.lines(left, x_unit="epoch", y_unit="thousand", caption="parameters once the dead are removed"),
         html.paragraph(removed_line(compression)),
         html.paragraph(verification_line(compression["verification"]), quiet=True),
+        html.paragraph(alignment_line(compression), quiet=True),
         layer_plot(
             [row for row in compression["layers"] if row["constant"] or row["unread"]],
             "what compression did to each layer",
