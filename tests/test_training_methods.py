@@ -75,6 +75,25 @@ def test_growing_regularisation_grows_on_the_least():
         regularizer.advance()
 
 
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("greg", {"norm": "l2"}),
+        ("greg", {"pivot": "ordered"}),
+        ("greg", {"ceiling": -1.0}),
+        ("greg", {"ceiling": math.nan}),
+        ("l1", {"keep": 0.5}),
+        ("slimming", {"groups": (Group("g", "channels", (Part("1.weight"),)),), "exclude": ["0"]}),
+    ],
+)
+def test_options_that_a_method_does_not_have(method, options):
+    """An option that would be ignored is refused."""
+    model = nn.Sequential(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3))
+    assert make(method, model)
+    with pytest.raises(UsageError):
+        make(method, model, **options)
+
+
 def test_growth_resumes():
     """The factor is part of a checkpoint; one of another method is refused."""
     one, other = (make("greg", linear(), beta=0.25) for _ in range(2))

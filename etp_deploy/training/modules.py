@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+#: every norm that computes a channel's statistics over the batch and has a gain and a bias for each channel
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 @dataclass(frozen=True)
@@ -280,6 +281,13 @@ def discover(
     return tuple(groups)
 
 
+def batch_norm_gains(model: nn.Module) -> frozenset[str]:
+    """Return the names of the gains of a network's BatchNorms."""
+    return frozenset(
+        _join(name, "weight") for name, module in named_modules(model) if isinstance(module, BATCH_NORMS)
+    )
+
+
 def _inside(name: str, taken: set[str]) -> bool:
     return any(not other or name == other or name.startswith(f"{other}.") for other in taken)
 
@@ -309,7 +317,7 @@ def _norm_parts(
     width = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
     for norm in following:
         module = modules[norm]
-        if isinstance(module, _NORMS) and module.affine and module.num_features == width:
+        if isinstance(module, BATCH_NORMS) and module.affine and module.num_features == width:
             yield Part(_join(norm, "weight"))
             if include_bias:
                 yield Part(_join(norm, "bias"), decisive=False)

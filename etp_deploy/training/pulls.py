@@ -109,7 +109,8 @@ class Pull:
 
     @property
     def _elements(self) -> Tensor:
-        return self.layout.elements.to(self.pulls)
+        # a module may have no weight that is pulled, and a mean over none is no NaN
+        return self.layout.elements.clamp(min=1).to(self.pulls)
 
     def _direction(self, weight: Tensor) -> Tensor:
         return weight.sign() if self._absolute else weight
