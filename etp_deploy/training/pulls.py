@@ -96,12 +96,15 @@ class Pull:
             row = 2 * row
         rest = 1.0 if self.norm == "l2" else 0.0
         for weight, own in zip(weights, self.layout.spread(row, weights, rest=rest), strict=True):
+            # a factor near one is exactly one in bfloat16: the step is taken in float32, and its result rounded
+            exact = weight.to(torch.promote_types(weight.dtype, row.dtype))
             if self._absolute:
-                step = _sum(own).to(weight.dtype)
-                weight.sub_(torch.clamp(weight, -step, step))
-                continue
-            factor = _product(own) if self.norm == "l2" else 1 / (1 + _sum(own))
-            weight.mul_(factor.to(weight.dtype))
+                step = _sum(own)
+                exact.sub_(torch.clamp(exact, -step, step))
+            else:
+                exact.mul_(_product(own) if self.norm == "l2" else 1 / (1 + _sum(own)))
+            if exact is not weight:
+                weight.copy_(exact)
 
     @property
     def _absolute(self) -> bool:

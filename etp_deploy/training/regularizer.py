@@ -74,6 +74,8 @@ class TorqueRegularizer:
                 ...
             regularizer.clip()
 
+    A weight that two parts of one module hold (a recurrent unit's row and column cross) counts twice in its size.
+
     The parameters are looked up by name at each call, so the model may be moved or reloaded in between.
 
     Args:
