@@ -273,6 +273,7 @@ def test_schedule():
     for step, share in shares.items():
         assert schedule.share(step) == pytest.approx(share), step
     assert Schedule(3).share(2) == 1.0
+    assert Schedule(100, warmup=0.33, ramp=0.56, anneal=0.11).share(89) == 1.0  # which add up to more than 1
     assert Schedule(3).share(3) == 0.0
     for wrong in ({"steps": 0}, {"steps": 5, "ramp": -0.1}, {"steps": 5, "ramp": 0.7, "anneal": 0.6}):
         with pytest.raises(UsageError):
