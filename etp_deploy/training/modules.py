@@ -65,7 +65,8 @@ class Part:
             tensor: the parameter, or anything of its shape.
 
         Raises:
-            ModelError: as `view`, or `index` does not have the axis's length.
+            ModelError: the tensor has no such axis, `split` does not multiply to its size, `position` or `section`
+                lies outside it, or `index` does not have its length.
         """
         if self.index is None:
             split = self._split(tensor)
@@ -83,28 +84,6 @@ class Part:
                 where=self.parameter,
             )
         return torch.tensor(self.index, dtype=torch.int64)
-
-    def view(self, tensor: Tensor) -> tuple[Tensor, int]:
-        """Return the tensor viewed so that one axis counts the modules, and that axis.
-
-        Args:
-            tensor: the parameter, or anything of its shape.
-
-        Returns:
-            The view, which shares the tensor's memory, and the axis of the view that counts modules.
-
-        Raises:
-            ModelError: the tensor has no such axis, `split` does not multiply to its size, `position` or
-                `section` lies outside it, or the part lists its `index`.
-        """
-        if self.index is not None:
-            raise ModelError("its indices are listed: it is no view", where=self.parameter)
-        split = self._split(tensor)
-        shape = tensor.shape
-        view = tensor.view(*shape[: self.axis], *split, *shape[self.axis + 1 :])
-        if self.section is None:
-            return view, self.axis + self.position
-        return view.select(self.axis, self.section), self.axis + self.position - 1
 
     def _check_axis(self, tensor: Tensor) -> None:
         if not 0 <= self.axis < tensor.ndim:
