@@ -66,6 +66,7 @@ def test_penalty_is_the_formula(force, norm, pivot):
         {"force": "uniform", "keep": 0.5},
         {"force": "uniform", "pivot": "ordered"},
         {"steepness": math.nan},
+        {"steepness": -1.0},
         {"keep": 0.02},
     ],
 )

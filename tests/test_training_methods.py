@@ -104,6 +104,18 @@ def test_growth_resumes():
         other.load_state_dict(make("etp", linear()).state_dict())
 
 
+def test_a_checkpoint_fits_its_groups_and_method():
+    """Groups of other sizes are refused even where all modules together are as many; so are methods and norms."""
+    one, other = (nn.Sequential(nn.Linear(2, n), nn.Linear(n, 8 - n)) for n in (3, 5))
+    state = make("etp", one).state_dict()
+    make("etp", one).load_state_dict(state)
+    with pytest.raises(UsageError, match="groups"):
+        make("etp", other).load_state_dict(state)
+    for method in ("greg", "etp_reference"):
+        with pytest.raises(UsageError, match="method"):
+            make("etp", one).load_state_dict(make(method, one).state_dict())
+
+
 def test_advance_changes_nothing_for_the_others():
     """Only growing regularisation grows."""
     for method in WANTED:

@@ -423,10 +423,15 @@ class TorqueRegularizer:
 
     # checkpoints
 
+    def _identity(self) -> dict[str, Any]:
+        """Return what a checkpoint has to agree about."""
+        groups = [[group.name, count] for group, count in zip(self.groups, self._layout.counts, strict=True)]
+        return {"groups": groups, "method": [type(self).__name__, self._norm]}
+
     def state_dict(self) -> dict[str, Any]:
         """Return what resuming needs beside the model: strength, forces, norms at the start, the frozen."""
         return {
-            "groups": [group.name for group in self.groups],
+            **self._identity(),
             "beta": self.beta,
             "threshold": self.threshold,
             "forces": self._forces.clone(),
@@ -435,15 +440,14 @@ class TorqueRegularizer:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` returned of a regulariser with the same groups.
+        """Take over what `state_dict` returned of a regulariser with the same groups and method.
 
         Raises:
-            UsageError: the groups are others.
+            UsageError: the groups, the method or its norm are others.
         """
-        if list(state["groups"]) != [group.name for group in self.groups] or len(state["forces"]) != len(
-            self._forces
-        ):
-            raise UsageError("the checkpoint is of other groups", where="groups")
+        for what, own in self._identity().items():
+            if state[what] != own:
+                raise UsageError(f"the checkpoint is of other {what}", where=what)
         self.beta, self.threshold = float(state["beta"]), float(state["threshold"])
         self._forces, self._start = state["forces"].clone(), state["start"].clone()
         self._frozen, self._held = None, []
@@ -456,6 +460,8 @@ def _check_force(force: Force, pivot: Pivot, steepness: float | None, keep: floa
     """Refuse options that the force would not look at."""
     if steepness is not None and keep is not None:
         raise UsageError("either the steepness or the keep ratio makes the force", where="keep")
+    if steepness is not None and not steepness >= 0:
+        raise UsageError(f"{steepness} is neither zero nor positive", where="steepness")
     if force != "exponential" and not (steepness is None and keep is None):
         where = "keep" if steepness is None else "steepness"
         raise UsageError(f"the {force} force has no steepness", where=where, hint="it is the exponential's")

@@ -172,7 +172,5 @@ class GrowingRegularizer(TorqueRegularizer):
         Raises:
             UsageError: the checkpoint is of other groups or another method.
         """
-        if "intervals" not in state:
-            raise UsageError("the checkpoint is of another method", where="greg")
         super().load_state_dict(state)
         self.intervals = int(state["intervals"])
