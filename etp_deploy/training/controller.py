@@ -130,9 +130,8 @@ class Controller(Scheduled):
                 dead = self.regularizer.freeze()
         reached = ratio is not None and ratio <= self.target
         found = Update(number, ratio, self.regularizer.beta, dead, killed, done=last or reached)
-        if (
-            ratio is not None and not found.done and self.regularizer.strength > 0
-        ):  # warming up teaches nothing
+        # what no force could have done, as while warming up, says nothing about beta
+        if ratio is not None and not found.done and self.regularizer.strength > 0:
             self._adapt(number, ratio)
         return found
 

@@ -446,7 +446,7 @@ class TorqueRegularizer:
             UsageError: the groups, the method or its norm are others.
         """
         for what, own in self._identity().items():
-            if state[what] != own:
+            if state.get(what) != own:
                 raise UsageError(f"the checkpoint is of other {what}", where=what)
         self.beta, self.threshold = float(state["beta"]), float(state["threshold"])
         self._forces, self._start = state["forces"].clone(), state["start"].clone()
