@@ -70,7 +70,7 @@ def train(options: argparse.Namespace, example: torch.Tensor) -> tuple[nn.Module
                 progress.loss(loss)
             controller.update()
             progress.line()
-    return model, min(found.ratio for found in controller.history if found.ratio is not None)
+    return model, [found.ratio for found in controller.history if found.ratio is not None][-1]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

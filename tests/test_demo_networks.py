@@ -81,8 +81,8 @@ def kill(network, group, module):
     """Zero one module of a group in all its parts."""
     with torch.no_grad():
         for part in group.parts:
-            view, axis = part.view(network.get_parameter(part.parameter))
-            view.select(axis, module).zero_()
+            weight = network.get_parameter(part.parameter)
+            weight.index_fill_(part.axis, torch.nonzero(part.modules(weight) == module).reshape(-1), 0.0)
 
 
 def test_a_dead_filter_is_a_constant_channel():

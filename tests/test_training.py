@@ -10,6 +10,7 @@ from etp_deploy.errors import ModelError, UsageError
 from etp_deploy.training import (
     Group,
     Part,
+    SlimmingRegularizer,
     TorqueRegularizer,
     discover,
     neurons,
@@ -50,10 +51,52 @@ def loop_penalty(weights, *, beta, force="exponential", norm="l2_squared", pivot
 def test_penalty_is_the_formula(force, norm, pivot):
     """The vectorised penalty equals the loop for each force, norm and pivot."""
     model = convolutions()
-    regularizer = TorqueRegularizer(model, beta=0.3, force=force, norm=norm, pivot=pivot, steepness=5.0)
+    options = {"steepness": 5.0} if force == "exponential" else {}
+    regularizer = TorqueRegularizer(model, beta=0.3, force=force, norm=norm, pivot=pivot, **options)
     weights = [model[0].weight, model[3].weight, model[5].weight]
     wanted = loop_penalty(weights, beta=0.3, force=force, norm=norm, pivot=pivot)
     assert float(regularizer.penalty().detach()) == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"force": "linear", "steepness": 5.0},
+        {"force": "linear", "keep": 0.5},
+        {"force": "uniform", "keep": 0.5},
+        {"force": "uniform", "pivot": "ordered"},
+        {"steepness": math.nan},
+        {"steepness": -1.0},
+        {"keep": 0.02},
+    ],
+)
+def test_options_that_the_force_would_not_look_at_or_cannot_bear(options):
+    """Nothing is ignored in silence, and no force is infinite in float32; each force's own options do."""
+    with pytest.raises(UsageError):
+        TorqueRegularizer(nn.Linear(2, 1000), **options)
+    TorqueRegularizer(nn.Linear(2, 1000), force="linear", pivot="ordered")
+    TorqueRegularizer(nn.Linear(2, 1000), keep=0.05)
+
+
+def test_a_module_without_weights_makes_no_nan():
+    """A listed index may leave a module out; the mean over its weights is no weight's."""
+    model = nn.Linear(2, 3)
+    group = Group("g", "neurons", (Part("weight", index=(0, 2, 2)),))
+    regularizer = TorqueRegularizer(model, beta=1.0, norm="mean_l1", steepness=0.0, groups=[group])
+    rows = model.weight.detach().abs()
+    assert float(regularizer.penalty().detach()) == pytest.approx(float(rows[0].mean() + rows[1:].mean()))
+    regularizer.shrink(0.01)
+    assert model.weight.isfinite().all()
+
+
+def test_every_batch_norm_is_known():
+    """The gain of a BatchNorm over processes is found like any other's."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    other = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    assert isinstance(other[1], nn.SyncBatchNorm)
+    (group,) = discover(other, include_norm=True)
+    assert [part.parameter for part in group.parts] == ["0.weight", "1.weight"]
+    assert SlimmingRegularizer(other).scores()["0"].tolist() == [1.0] * 4
 
 
 def test_defaults_are_the_papers():
@@ -238,8 +281,8 @@ def test_heads_are_whole(model, kept_dim):
     regularizer = TorqueRegularizer(model, clip_by="module", threshold=1e-3)
     with torch.no_grad():
         for part in group.parts:
-            view, axis = part.view(model.get_parameter(part.parameter))
-            view.select(axis, 1).fill_(1e-5)
+            weight = model.get_parameter(part.parameter)
+            weight.index_fill_(part.axis, torch.nonzero(part.modules(weight) == 1).reshape(-1), 1e-5)
     assert regularizer.clip() == 1
     rows = slice(kept_dim, 2 * kept_dim)
     output = model.out_proj.weight if isinstance(model, nn.MultiheadAttention) else model.proj.weight

@@ -14,11 +14,14 @@ from etp_deploy.training import (
     Blueprint,
     Controller,
     Cost,
+    Group,
     LatencyCost,
+    Part,
     Recorder,
     Schedule,
     TorqueRegularizer,
     coupled_groups,
+    removable_share,
 )
 from etp_deploy.training.cost import parse_target
 from etp_deploy.training.recording import read_rows, table
@@ -184,6 +187,66 @@ def test_a_controller_needs_something_to_price_with(plan):
         Controller(regularizer, "params:0.5", updates=0, blueprint=plan[0])
 
 
+def test_what_prices_is_told_once_and_fits(plan):
+    """A blueprint is no use beside a cost, and one of another network would price anything."""
+    regularizer = TorqueRegularizer(network(), groups=plan[1])
+    cost = LatencyCost(network(), INPUT)
+    with pytest.raises(UsageError, match="by itself"):
+        Controller(regularizer, "params:0.5", updates=3, cost=cost, blueprint=plan[0])
+    other = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    wrong = TorqueRegularizer(other)
+    for use in (
+        lambda: Controller(wrong, "params:0.5", updates=3, blueprint=plan[0]),
+        lambda: coupled_groups(other, None, blueprint=plan[0]),
+        lambda: plan[0].zeros_of(other),
+    ):
+        with pytest.raises(UsageError, match="another network"):
+            use()
+    for use in (
+        lambda: coupled_groups(network(), None, dynamic=["x.0=batch"], blueprint=plan[0]),
+        lambda: removable_share(network(), blueprint=plan[0], exporter="dynamo"),
+    ):
+        with pytest.raises(UsageError, match="before"):
+            use()
+
+
+class Tied(nn.Module):
+    """Two layers of one weight; the network's own name for it is the first."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.last = (nn.Linear(6, 6, bias=False) for _ in range(3))
+        self.second.weight = self.first.weight
+
+    def forward(self, x):
+        """Scores of x."""
+        return self.last(torch.relu(self.second(torch.relu(self.first(x)))))
+
+
+@pytest.mark.parametrize("name", ["first", "second"])
+def test_a_tied_weight_is_priced_under_any_of_its_names(name):
+    """Killing by the second name is seen in the cost: the target is reached by as little as possible."""
+    torch.manual_seed(0)
+    net = Tied()
+    groups = (Group("g", "neurons", (Part(f"{name}.weight"), Part("last.weight", axis=1))),)
+    regularizer = TorqueRegularizer(net, groups=groups)
+    controller = Controller(regularizer, "params:0.7", updates=1, example_inputs=torch.randn(1, 6))
+    found = controller.update()
+    # k of both weights' six lines in each axis are gone: (6 - k) * 6 and (6 - k) * 6 of 72 stay, or fewer
+    assert (found.killed, found.dead) == (2, 2)
+    assert found.ratio <= 0.7
+
+
+def test_a_warm_up_teaches_nothing(plan):
+    """While there is no force beta stays, and the update says that there was none."""
+    training = Training(plan, "params:0.5", schedule=Schedule(8, warmup=0.5))
+    found = training.epoch(0)
+    assert (found.beta, found.ratio) == (0.0, 1.0)
+    assert training.controller.base == 0.02
+    before = training.epoch(1)
+    assert (before.beta, before.done) == (0.02, True)
+
+
 def test_a_target_out_of_reach_is_refused(plan):
     """What no group holds, here two thirds of the weights, cannot go; the error says how much is left."""
     regularizer = TorqueRegularizer(network(), groups=plan[1][:1])
@@ -210,6 +273,7 @@ def test_schedule():
     for step, share in shares.items():
         assert schedule.share(step) == pytest.approx(share), step
     assert Schedule(3).share(2) == 1.0
+    assert Schedule(100, warmup=0.33, ramp=0.56, anneal=0.11).share(89) == 1.0  # which add up to more than 1
     assert Schedule(3).share(3) == 0.0
     for wrong in ({"steps": 0}, {"steps": 5, "ramp": -0.1}, {"steps": 5, "ramp": 0.7, "anneal": 0.6}):
         with pytest.raises(UsageError):

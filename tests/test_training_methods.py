@@ -75,6 +75,25 @@ def test_growing_regularisation_grows_on_the_least():
         regularizer.advance()
 
 
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("greg", {"norm": "l2"}),
+        ("greg", {"pivot": "ordered"}),
+        ("greg", {"ceiling": -1.0}),
+        ("greg", {"ceiling": math.nan}),
+        ("l1", {"keep": 0.5}),
+        ("slimming", {"groups": (Group("g", "channels", (Part("1.weight"),)),), "exclude": ["0"]}),
+    ],
+)
+def test_options_that_a_method_does_not_have(method, options):
+    """An option that would be ignored is refused."""
+    model = nn.Sequential(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3))
+    assert make(method, model)
+    with pytest.raises(UsageError):
+        make(method, model, **options)
+
+
 def test_growth_resumes():
     """The factor is part of a checkpoint; one of another method is refused."""
     one, other = (make("greg", linear(), beta=0.25) for _ in range(2))
@@ -83,6 +102,18 @@ def test_growth_resumes():
     assert other.strength == 0.25
     with pytest.raises(UsageError, match="method"):
         other.load_state_dict(make("etp", linear()).state_dict())
+
+
+def test_a_checkpoint_fits_its_groups_and_method():
+    """Groups of other sizes are refused even where all modules together are as many; so are methods and norms."""
+    one, other = (nn.Sequential(nn.Linear(2, n), nn.Linear(n, 8 - n)) for n in (3, 5))
+    state = make("etp", one).state_dict()
+    make("etp", one).load_state_dict(state)
+    with pytest.raises(UsageError, match="groups"):
+        make("etp", other).load_state_dict(state)
+    for method in ("greg", "etp_reference"):
+        with pytest.raises(UsageError, match="method"):
+            make("etp", one).load_state_dict(make(method, one).state_dict())
 
 
 def test_advance_changes_nothing_for_the_others():

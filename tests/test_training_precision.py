@@ -163,3 +163,21 @@ def test_a_parameter_of_another_shape_is_refused():
     model[6] = nn.Linear(72, 21)
     with pytest.raises(ModelError, match=r"6.weight: its shape was \(20, 72\) and is \(21, 72\)"):
         regularizer.clip()
+
+
+@pytest.mark.parametrize("norm", ["l2_squared", "l2", "l1", "mean_l1"])
+def test_a_step_on_narrow_weights_is_the_wide_one_rounded(norm):
+    """A factor of 0.998 is 1 in bfloat16, but not every weight times it is the weight."""
+    torch.manual_seed(0)
+    narrow = nn.Linear(64, 8, bias=False).bfloat16()
+    wide = nn.Linear(64, 8, bias=False)
+    with torch.no_grad():
+        wide.weight.copy_(narrow.weight)
+        narrow.weight[0, 0] = wide.weight[0, 0] = 2.0**-40
+    before = narrow.weight.detach().clone()
+    for model in (narrow, wide):
+        beta = 0.1 if norm == "mean_l1" else 1e-3
+        TorqueRegularizer(model, beta=beta, norm=norm, force="uniform").shrink(1.0)
+    assert torch.equal(narrow.weight, wide.weight.bfloat16())
+    assert (narrow.weight != before).any()
+    assert (narrow.weight[0, 0] == 0) == (norm in {"l1", "mean_l1"})

@@ -25,6 +25,7 @@ from etp_deploy.surgery.prepare import prepare
 from etp_deploy.surgery.shapes import is_parameter
 from etp_deploy.surgery.statements.contraction import Contraction
 from etp_deploy.tracing import EXPORTERS, evaluating, make_call, trace
+from etp_deploy.training.modules import BATCH_NORMS
 from etp_deploy.training.shards import whole
 from etp_deploy.training.wrapping import named_parameters, plain_copy
 
@@ -40,7 +41,6 @@ _MOST = 1 << 28
 # no module's number
 _FAR = 1 << 40
 _OPSETS = {"dynamo": 20, "torchscript": 17}
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 @dataclass(frozen=True)
@@ -165,8 +165,23 @@ class Blueprint:
             for value, tensor in kept.items():
                 value.const_value = tensor
 
+    def check(self, model: nn.Module) -> None:
+        """Refuse another network than the one that this was made of, or one like it.
+
+        Raises:
+            UsageError: its parameters have other names or shapes.
+        """
+        if {name: tuple(weight.shape) for name, weight in named_parameters(model)} != self.shapes:
+            hint = "make it of this network"
+            raise UsageError("the blueprint is of another network", where=type(model).__name__, hint=hint)
+
     def zeros_of(self, model: nn.Module) -> np.ndarray:
-        """Return which weights of a network are exactly zero, by number."""
+        """Return which weights of a network are exactly zero, by number, shape (total,), bool.
+
+        Raises:
+            UsageError: the blueprint is of another network.
+        """
+        self.check(model)
         flat = [whole(weight.detach() == 0).reshape(-1) for _, weight in named_parameters(model)]
         return torch.cat([part.cpu() for part in flat]).numpy()
 

@@ -12,11 +12,11 @@ from etp_deploy.training.blueprint import Blueprint
 from etp_deploy.training.cost import Cost, LatencyCost, PlannedCost, parse_target
 from etp_deploy.training.scheduled import Scheduled, Update
 from etp_deploy.training.shards import from_first, whole
-from etp_deploy.training.wrapping import named_parameters
+from etp_deploy.training.wrapping import named_parameters, parameter
 
 if TYPE_CHECKING:
     import numpy as np
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from etp_deploy.training.recording import Recorder
     from etp_deploy.training.regularizer import TorqueRegularizer
@@ -38,9 +38,9 @@ class Controller(Scheduled):
             controller.update()
 
     At each update the network is clipped, the dead are frozen, and the network is priced as if they were removed.
-    Beta grows or falls so that the cost follows `target ** (update / updates)`. Once the target is reached, or at
-    the last update, the force ends: what is then missing is made up for by killing the modules of the least
-    relative score, as few as reach the target, and every later step only holds the dead.
+    Where there is force, beta grows or falls so that the cost follows `target ** (update / updates)`. Once the target
+    is reached, or at the last update, the force ends: what is then missing is made up for by killing the modules of
+    the least relative score, as few as reach the target, and every later step only holds the dead.
 
     Args:
         regularizer: the force; its beta is where the search starts.
@@ -84,6 +84,10 @@ class Controller(Scheduled):
         kind, self.target = parse_target(target)
         if updates < 1 or every < 1:
             raise UsageError("updates and every are at least 1", where="controller")
+        if cost is not None and not (blueprint is None and example_inputs is None):
+            raise UsageError(
+                "a cost prices by itself", where="cost", hint="give no blueprint and no example_inputs"
+            )
         if cost is None and example_inputs is None and (blueprint is None or kind == "latency"):
             raise UsageError("nothing to price the network with", where=target, hint="give example_inputs")
         super().__init__(regularizer, schedule, clip=clip, proximal=proximal, recorder=recorder)
@@ -96,6 +100,7 @@ class Controller(Scheduled):
                 cost = LatencyCost(model, example_inputs, exporter=exporter)
             else:
                 blueprint = blueprint or Blueprint(model, example_inputs, exporter=exporter)
+                blueprint.check(model)
                 cost = PlannedCost(blueprint, "params" if kind == "params" else "macs")
             self._cost: Cost = cost
             self._check_reach(target)
@@ -123,8 +128,10 @@ class Controller(Scheduled):
             if ratio > self.target and last:
                 killed, ratio = self._land(ratio)
                 dead = self.regularizer.freeze()
-        found = Update(number, ratio, self.base, dead, killed, done=last or (ratio or 1.0) <= self.target)
-        if ratio is not None and not found.done:
+        reached = ratio is not None and ratio <= self.target
+        found = Update(number, ratio, self.regularizer.beta, dead, killed, done=last or reached)
+        # what no force could have done, as while warming up, says nothing about beta
+        if ratio is not None and not found.done and self.regularizer.strength > 0:
             self._adapt(number, ratio)
         return found
 
@@ -136,12 +143,17 @@ class Controller(Scheduled):
 
     def _zero(self, killed: Tensor | None = None) -> np.ndarray:
         """Return which weights are zero, some modules counted among them, in the order of `named_parameters`."""
-        marks = {} if killed is None else self.regularizer.marks(killed)
+        model, marks = self.regularizer.model, {} if killed is None else self.regularizer.marks(killed)
+        # a tied weight has several names, of which a group may use any
+        marked: dict[nn.Parameter, Tensor] = {}
+        for name, mark in marks.items():
+            weight = parameter(model, name)
+            marked[weight] = marked[weight] | mark if weight in marked else mark
         parts = []
-        for name, weight in named_parameters(self.regularizer.model):
+        for _, weight in named_parameters(model):
             zero = whole(weight.detach() == 0)
-            if name in marks:
-                zero = zero | marks[name]
+            if weight in marked:
+                zero = zero | marked[weight]
             parts.append(zero.reshape(-1).cpu())
         return torch.cat(parts).numpy()
 

@@ -10,9 +10,8 @@ import numpy as np
 from etp_deploy.errors import UsageError
 from etp_deploy.surgery.analysis import settle
 from etp_deploy.surgery.coupling import Coupling, couple
-from etp_deploy.training.blueprint import BATCH_NORMS, Blueprint
-from etp_deploy.training.modules import Group, Part
-from etp_deploy.training.wrapping import named_modules
+from etp_deploy.training.blueprint import Blueprint
+from etp_deploy.training.modules import Group, Part, batch_norm_gains
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -50,16 +49,19 @@ def coupled_groups(
 
     Raises:
         ExportError: the exporter fails.
-        UsageError: an option cannot be meant.
+        UsageError: an option cannot be meant, or the blueprint is of another network.
     """
     if blueprint is None:
         blueprint = Blueprint(model, example_inputs, exporter=exporter, dynamic=dynamic)
+    elif dynamic:
+        raise UsageError("the blueprint was exported before", where="dynamic", hint="give it to Blueprint")
+    blueprint.check(model)
     coupling = couple(blueprint.analysis())
     words = {int(word): module for module, word in enumerate(coupling.words)}
     members = blueprint.decode(coupling.lines, words)
     drafts = list(_drafts(coupling, members))
     names = _names(drafts)
-    proven = _proven(blueprint, coupling, drafts, _gains(model))
+    proven = _proven(blueprint, coupling, drafts, batch_norm_gains(model))
     return tuple(
         Group(name, draft.kind, draft.parts, deciding=sets)
         for name, draft, sets in zip(names, drafts, proven, strict=True)
@@ -128,16 +130,8 @@ def _names(drafts: Sequence[_Draft]) -> list[str]:
     return names
 
 
-def _gains(model: nn.Module) -> set[str]:
-    return {
-        f"{name}.weight".removeprefix(".")
-        for name, module in named_modules(model)
-        if isinstance(module, BATCH_NORMS)
-    }
-
-
 def _proven(
-    blueprint: Blueprint, coupling: Coupling, drafts: Sequence[_Draft], gains: set[str]
+    blueprint: Blueprint, coupling: Coupling, drafts: Sequence[_Draft], gains: frozenset[str]
 ) -> list[tuple[tuple[int, ...], ...]]:
     """Return for each group which of its parts make a module dead when these alone are zero, shown by planting.
 
@@ -217,10 +211,14 @@ def removable_share(
 
     Raises:
         ExportError: the exporter fails.
-        UsageError: no weight is zero.
+        UsageError: no weight is zero, or the blueprint is of another network.
     """
     if blueprint is None:
         blueprint = Blueprint(model, example_inputs, **options)
+    elif options:
+        raise UsageError(
+            "the blueprint was exported before", where=", ".join(options), hint="give them to Blueprint"
+        )
     zero = blueprint.zeros_of(model)
     if not zero.any():
         raise UsageError("no weight is zero", where=type(model).__name__)

@@ -90,9 +90,6 @@ class Layout:
         self._slot_module = torch.cat(modules)
         for line in self.lines:
             line.slots = torch.where(line.slots < 0, slot, line.slots)
-        self.by_parameter: list[list[int]] = [[] for _ in self.names]
-        for number, line in enumerate(self.lines):
-            self.by_parameter[line.parameter].append(number)
         self._maps: dict[torch.device, _Maps] = {}
         weights = torch.zeros(slot + 1, dtype=torch.float64)
         for line in self.lines:

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+#: every norm that computes a channel's statistics over the batch and has a gain and a bias for each channel
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,8 @@ class Part:
             tensor: the parameter, or anything of its shape.
 
         Raises:
-            ModelError: as `view`, or `index` does not have the axis's length.
+            ModelError: the tensor has no such axis, `split` does not multiply to its size, `position` or `section`
+                lies outside it, or `index` does not have its length.
         """
         if self.index is None:
             split = self._split(tensor)
@@ -82,28 +84,6 @@ class Part:
                 where=self.parameter,
             )
         return torch.tensor(self.index, dtype=torch.int64)
-
-    def view(self, tensor: Tensor) -> tuple[Tensor, int]:
-        """Return the tensor viewed so that one axis counts the modules, and that axis.
-
-        Args:
-            tensor: the parameter, or anything of its shape.
-
-        Returns:
-            The view, which shares the tensor's memory, and the axis of the view that counts modules.
-
-        Raises:
-            ModelError: the tensor has no such axis, `split` does not multiply to its size, `position` or
-                `section` lies outside it, or the part lists its `index`.
-        """
-        if self.index is not None:
-            raise ModelError("its indices are listed: it is no view", where=self.parameter)
-        split = self._split(tensor)
-        shape = tensor.shape
-        view = tensor.view(*shape[: self.axis], *split, *shape[self.axis + 1 :])
-        if self.section is None:
-            return view, self.axis + self.position
-        return view.select(self.axis, self.section), self.axis + self.position - 1
 
     def _check_axis(self, tensor: Tensor) -> None:
         if not 0 <= self.axis < tensor.ndim:
@@ -280,6 +260,13 @@ def discover(
     return tuple(groups)
 
 
+def batch_norm_gains(model: nn.Module) -> frozenset[str]:
+    """Return the names of the gains of a network's BatchNorms."""
+    return frozenset(
+        _join(name, "weight") for name, module in named_modules(model) if isinstance(module, BATCH_NORMS)
+    )
+
+
 def _inside(name: str, taken: set[str]) -> bool:
     return any(not other or name == other or name.startswith(f"{other}.") for other in taken)
 
@@ -309,7 +296,7 @@ def _norm_parts(
     width = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
     for norm in following:
         module = modules[norm]
-        if isinstance(module, _NORMS) and module.affine and module.num_features == width:
+        if isinstance(module, BATCH_NORMS) and module.affine and module.num_features == width:
             yield Part(_join(norm, "weight"))
             if include_bias:
                 yield Part(_join(norm, "bias"), decisive=False)

@@ -96,12 +96,15 @@ class Pull:
             row = 2 * row
         rest = 1.0 if self.norm == "l2" else 0.0
         for weight, own in zip(weights, self.layout.spread(row, weights, rest=rest), strict=True):
+            # a factor near one is exactly one in bfloat16: the step is taken in float32, and its result rounded
+            exact = weight.to(torch.promote_types(weight.dtype, row.dtype))
             if self._absolute:
-                step = _sum(own).to(weight.dtype)
-                weight.sub_(torch.clamp(weight, -step, step))
-                continue
-            factor = _product(own) if self.norm == "l2" else 1 / (1 + _sum(own))
-            weight.mul_(factor.to(weight.dtype))
+                step = _sum(own)
+                exact.sub_(torch.clamp(exact, -step, step))
+            else:
+                exact.mul_(_product(own) if self.norm == "l2" else 1 / (1 + _sum(own)))
+            if exact is not weight:
+                weight.copy_(exact)
 
     @property
     def _absolute(self) -> bool:
@@ -109,7 +112,8 @@ class Pull:
 
     @property
     def _elements(self) -> Tensor:
-        return self.layout.elements.to(self.pulls)
+        # a module may have no weight that is pulled, and a mean over none is no NaN
+        return self.layout.elements.clamp(min=1).to(self.pulls)
 
     def _direction(self, weight: Tensor) -> Tensor:
         return weight.sign() if self._absolute else weight

@@ -78,11 +78,9 @@ class Recorder:
         if any(row.time >= time for row in self.rows):
             self.rows = [row for row in self.rows if row.time < time]
             self._rewrite()
-        scores = regularizer.scores()
         fresh = []
         for found in regularizer.statistics():
             force = regularizer.forces(found.name) * regularizer.strength
-            least = float(scores[found.name].min())
             fresh.append(
                 Row(
                     time,
@@ -90,7 +88,7 @@ class Recorder:
                     found.kind,
                     found.total,
                     found.dead,
-                    least,
+                    found.min_norm,
                     found.mean_norm,
                     found.max_norm,
                     float(force.min()),

@@ -46,7 +46,8 @@ class GroupStatistics:
         kind: what its modules are: channels, neurons, heads.
         total: number of modules.
         dead: modules in which some decisive part is exactly zero.
-        max_norm: largest L2 norm of a module, all parts together.
+        min_norm: least L2 norm of a module, all parts together.
+        max_norm: largest of these norms.
         mean_norm: mean of these norms.
     """
 
@@ -54,6 +55,7 @@ class GroupStatistics:
     kind: str
     total: int
     dead: int
+    min_norm: float
     max_norm: float
     mean_norm: float
 
@@ -72,6 +74,8 @@ class TorqueRegularizer:
                 ...
             regularizer.clip()
 
+    A weight that two parts of one module hold (a recurrent unit's row and column cross) counts twice in its size.
+
     The parameters are looked up by name at each call, so the model may be moved or reloaded in between.
 
     Args:
@@ -87,7 +91,7 @@ class TorqueRegularizer:
             or "ordered" (distance is the rank by norm).
         threshold: magnitude below which `clip` zeroes.
         steepness: s in `lambda = exp(s / n)`; None for the paper's 5, or for the reference code's
-            500 * ln(1.01) = 4.975 where the norm is "mean_l1".
+            500 * ln(1.01) = 4.975 where the norm is "mean_l1". Of the exponential force alone.
         keep: the wanted share of modules, in place of the steepness: `s = 2.5 / keep`.
         clip_by: what `clip` zeroes: "weight", each single weight below the threshold (the paper's and the
             reference code's), or "module", a whole module in which some decisive part has a root mean square
@@ -125,8 +129,7 @@ class TorqueRegularizer:
         for option, value in (("beta", beta), ("threshold", threshold)):
             if not (math.isfinite(value) and value >= 0):
                 raise UsageError(f"{value} is neither zero nor positive", where=option)
-        if steepness is not None and keep is not None:
-            raise UsageError("either the steepness or the keep ratio makes the force", where="keep")
+        _check_force(force, pivot, steepness, keep)
         if groups is None:
             groups = discover(model, exclude=exclude, include_bias=include_bias, include_norm=include_norm)
         elif exclude or include_bias or include_norm:
@@ -163,7 +166,10 @@ class TorqueRegularizer:
             wanted = pivot if group.pivot is None else group.pivot
             distance = distances(len(norms), wanted, norms, where=group.name)
             forces.append(force_of(distance, force, steepness))
-        return torch.cat(forces)
+        row = torch.cat(forces)
+        if not row.float().isfinite().all():
+            raise UsageError(f"{steepness} makes forces that are no numbers in float32", where="steepness")
+        return row
 
     def forces(self, group: str) -> Tensor:
         """Return the force on each module of a group, shape (n,), without beta.
@@ -404,17 +410,28 @@ class TorqueRegularizer:
         norms, dead = layout.split(squares.sqrt()), layout.split(self._dead())
         return tuple(
             GroupStatistics(
-                group.name, group.kind, len(own), int(gone.sum()), float(own.max()), float(own.mean())
+                group.name,
+                group.kind,
+                total=len(own),
+                dead=int(gone.sum()),
+                min_norm=float(own.min()),
+                max_norm=float(own.max()),
+                mean_norm=float(own.mean()),
             )
             for group, own, gone in zip(self.groups, norms, dead, strict=True)
         )
 
     # checkpoints
 
+    def _identity(self) -> dict[str, Any]:
+        """Return what a checkpoint has to agree about."""
+        groups = [[group.name, count] for group, count in zip(self.groups, self._layout.counts, strict=True)]
+        return {"groups": groups, "method": [type(self).__name__, self._norm]}
+
     def state_dict(self) -> dict[str, Any]:
         """Return what resuming needs beside the model: strength, forces, norms at the start, the frozen."""
         return {
-            "groups": [group.name for group in self.groups],
+            **self._identity(),
             "beta": self.beta,
             "threshold": self.threshold,
             "forces": self._forces.clone(),
@@ -423,21 +440,33 @@ class TorqueRegularizer:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` returned of a regulariser with the same groups.
+        """Take over what `state_dict` returned of a regulariser with the same groups and method.
 
         Raises:
-            UsageError: the groups are others.
+            UsageError: the groups, the method or its norm are others.
         """
-        if list(state["groups"]) != [group.name for group in self.groups] or len(state["forces"]) != len(
-            self._forces
-        ):
-            raise UsageError("the checkpoint is of other groups", where="groups")
+        for what, own in self._identity().items():
+            if state.get(what) != own:
+                raise UsageError(f"the checkpoint is of other {what}", where=what)
         self.beta, self.threshold = float(state["beta"]), float(state["threshold"])
         self._forces, self._start = state["forces"].clone(), state["start"].clone()
         self._frozen, self._held = None, []
         if state["frozen"] is not None:
             device = self._layout.weights(self.model)[0].device
             self._set_frozen(state["frozen"].to(device))
+
+
+def _check_force(force: Force, pivot: Pivot, steepness: float | None, keep: float | None) -> None:
+    """Refuse options that the force would not look at."""
+    if steepness is not None and keep is not None:
+        raise UsageError("either the steepness or the keep ratio makes the force", where="keep")
+    if steepness is not None and not steepness >= 0:
+        raise UsageError(f"{steepness} is neither zero nor positive", where="steepness")
+    if force != "exponential" and not (steepness is None and keep is None):
+        where = "keep" if steepness is None else "steepness"
+        raise UsageError(f"the {force} force has no steepness", where=where, hint="it is the exponential's")
+    if force == "uniform" and pivot != 0:
+        raise UsageError("the uniform force has no pivot", where="pivot", hint="it pulls everywhere alike")
 
 
 def _check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:

@@ -5,16 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from etp_deploy.errors import UsageError
 from etp_deploy.training.layout import Layout
-from etp_deploy.training.modules import discover
+from etp_deploy.training.modules import batch_norm_gains, discover
 from etp_deploy.training.regularizer import TorqueRegularizer
-from etp_deploy.training.wrapping import named_modules
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+    from torch import nn
 
     from etp_deploy.training.forces import Force, Pivot
     from etp_deploy.training.modules import Group, Part
@@ -91,11 +92,9 @@ class SlimmingRegularizer(TorqueRegularizer):
     ) -> None:
         if groups is None:
             groups = discover(model, exclude=exclude, include_bias=include_bias, include_norm=True)
-        self._gains = {
-            f"{name}.weight".removeprefix(".")
-            for name, module in named_modules(model)
-            if isinstance(module, nn.modules.batchnorm._BatchNorm)  # noqa: SLF001 - torch names no public base
-        }
+        elif exclude or include_bias:
+            raise UsageError("only discovered groups can be changed", where="groups", hint="declare them so")
+        self._gains = batch_norm_gains(model)
         groups = [group for group in groups if any(self._is_gain(part) for part in group.parts)]
         if not groups:
             raise UsageError("no group holds the gain of a BatchNorm", where="slimming")
@@ -119,8 +118,8 @@ class GrowingRegularizer(TorqueRegularizer):
         model: the network.
         beta: what the factor grows by.
         keep: the share of each group that feels nothing.
-        ceiling: where the factor ends.
-        options: of `TorqueRegularizer`; force, norm and pivot are the method's own.
+        ceiling: where the factor ends, zero or above.
+        options: of `TorqueRegularizer`; force, norm, pivot and steepness are the method's own and refused.
 
     Raises:
         UsageError: an option cannot be meant.
@@ -132,6 +131,11 @@ class GrowingRegularizer(TorqueRegularizer):
     ) -> None:
         if not 0 < keep <= 1:
             raise UsageError(f"{keep} is no share of modules", where="keep", hint="above 0, at most 1")
+        if not ceiling >= 0:
+            raise UsageError(f"{ceiling} is neither zero nor positive", where="ceiling")
+        own = {"force", "norm", "pivot", "steepness"} & options.keys()
+        if own:
+            raise UsageError("growing regularisation has its own", where=", ".join(sorted(own)))
         self._keep = keep
         self.ceiling = ceiling
         self.intervals = 0
@@ -168,7 +172,5 @@ class GrowingRegularizer(TorqueRegularizer):
         Raises:
             UsageError: the checkpoint is of other groups or another method.
         """
-        if "intervals" not in state:
-            raise UsageError("the checkpoint is of another method", where="greg")
         super().load_state_dict(state)
         self.intervals = int(state["intervals"])

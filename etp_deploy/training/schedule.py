@@ -34,7 +34,7 @@ class Schedule:
         shares = (self.warmup, self.ramp, self.anneal)
         if self.steps < 1:
             raise UsageError(f"{self.steps} steps", where="steps", hint="at least 1")
-        if any(not share >= 0 for share in shares) or sum(shares) > 1:
+        if any(not share >= 0 for share in shares) or sum(shares) > 1 + 1e-9:  # sums of rounded shares
             raise UsageError(f"warm-up, ramp and anneal are {shares}", where="schedule", hint="shares of one")
 
     def share(self, step: int) -> float:

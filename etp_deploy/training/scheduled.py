@@ -26,7 +26,7 @@ class Update:
     Attributes:
         number: counted from 1.
         ratio: the cost relative to the dense network; None where it was not asked for.
-        beta: strength of the force before the update.
+        beta: the regulariser's before the update, zero where there was no force.
         dead: dead modules over all groups.
         killed: how many of these were killed by score to land on the target.
         done: whether the force has ended.
