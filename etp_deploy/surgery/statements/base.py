@@ -225,6 +225,21 @@ def opset_of(node: ir.Node) -> int:
     return 1 if node.graph is None else int(node.graph.opset_imports.get("", 1))
 
 
+# from this operator set on, a softmax runs along one axis, the last unless it says otherwise
+_SOFTMAX_OF_ONE_AXIS = 13
+
+
+def softmax_axis(node: ir.Node, rank: int) -> int | None:
+    """Return the one axis along which a Softmax (or LogSoftmax, Hardmax) runs; None where it runs over several.
+
+    Before opset 13 it ran over all axes from the one it names, which is the second by default.
+    """
+    single = opset_of(node) >= _SOFTMAX_OF_ONE_AXIS
+    axis = node.attributes.get_int("axis", -1 if single else 1)
+    axis = axis + rank if axis < 0 else axis
+    return axis if single or axis == rank - 1 else None
+
+
 def set_plain(state: State, value: ir.Value) -> None:
     """Give an output the structure in which nothing can be removed."""
     state.set_structure(value, None if value.shape is None else plain(value.shape))
