@@ -81,10 +81,17 @@ class SetAttribute:
 
 @dataclass(frozen=True)
 class SetShape:
-    """Rewrite the entries of a target shape whose axes changed; each axis's new size, and the one before."""
+    """Rewrite the entries of a target shape whose axes changed.
+
+    Attributes:
+        index: the input that holds it.
+        sizes: each axis's new size, and the one before.
+        copied: the axes that have the new size of the data's axis at the same place, which a Reshape's 0 copies.
+    """
 
     index: int
     sizes: tuple[tuple[Size, Size], ...]
+    copied: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -271,6 +278,24 @@ def new_sizes(structure: Structure, reduced: tuple[int, ...]) -> tuple[tuple[Siz
             size = size * (Size(reduced[dim]) if factor.labelled else factor.size)
         sizes.append((size, axis_size(factors)))
     return tuple(sizes)
+
+
+def new_target(literal: np.ndarray, edit: SetShape) -> np.ndarray | None:
+    """Return a constant target with the changed entries replaced; None where it would need two that are open."""
+    values = [int(entry) for entry in literal]
+    for position, (size, old) in enumerate(edit.sizes):
+        if values[position] == -1 or (values[position] != 0 and size == old):
+            continue
+        # an entry of 0 copies the input's size, which may have changed although the output's did not
+        if size.static is not None:
+            values[position] = size.coefficient
+        elif values[position] == 0 and position in edit.copied:
+            continue
+        elif -1 not in values:
+            values[position] = -1
+        else:
+            return None
+    return np.array(values, np.int64)
 
 
 def cut_size(edit: Edit, value: ir.Value) -> tuple[int, bytes]:
