@@ -327,3 +327,31 @@ def test_a_mean_over_the_batch_and_space_leaves_channels_free():
     net.node("Conv", ["n", net.rand(4, 8, 1, 1, dead=(1, 2), axis=1)], "y")
     assert gained(net.case("y")) == (24 + 32, 18 + 24)
     assert weight_elements(net.case("y").model) == 56
+
+
+@pytest.mark.parametrize(("opset", "after"), [(11, 24 + 8 + 16), (13, 18 + 6 + 12)])
+@pytest.mark.parametrize("operator", ["Softmax", "LogSoftmax", "Hardmax"])
+def test_a_softmax_without_an_axis_runs_over_all_but_the_first(operator, opset, after):
+    """Before opset 13 channels that nobody reads are in its sums too, and stay."""
+    net = Net(x=(2, 3, 6))
+    net.node("Conv", ["x", net.rand(8, 3, 1), net.rand(8) + 1], "y")
+    net.node(operator, ["y"], "p")
+    net.node("Conv", ["p", net.rand(2, 8, 1, dead=(2, 5), axis=1)], "z")
+    assert gained(net.case("z", opset=opset)) == (48, after)
+
+
+@pytest.mark.parametrize("guarded", [False, True])
+@pytest.mark.parametrize(("opset", "after"), [(11, 30 + 6 + 18), (13, 20 + 4 + 12 + 3)])
+def test_rows_of_an_old_softmax_do_not_sum_to_one(opset, after, guarded):
+    """Constant values are averaged to themselves by rows that sum to one, and by no others."""
+    net = Net(x=(2, 5, 5))
+    net.node("Softmax", ["x"], "s")
+    if guarded:
+        net.node("IsNaN", ["s"], "n")
+        net.node("Where", ["n", np.zeros((), np.float32), "s"], "t")
+    net.node("MatMul", ["x", net.rand(5, 6, dead=(1, 2), axis=1)], "u")
+    net.node("Add", ["u", net.rand(6)], "v")
+    net.node("MatMul", ["t" if guarded else "s", "v"], "o")
+    net.node("MatMul", ["o", net.rand(6, 3)], "z")
+    before, after = 54 + guarded, after + guarded
+    assert gained(net.case("z", opset=opset)) == (before, after)

@@ -127,3 +127,34 @@ def test_a_filter_of_one_by_one_that_is_computed():
     )
     net.node("Conv", ["x", "w"], "y")
     assert gained(net.case("y")) == (0, 0)
+
+
+def test_a_target_that_copies_a_size_of_channels_and_space():
+    """`[0, 0, 0, 0, -1, 1]` copies twice the height, which is the height when half of each pixel's rows are dead."""
+    net = Net(x=("n", 3, "h", "w"))
+    net.node("Conv", ["x", net.rand(8, 3, 1, 1, dead=(2, 3, 6, 7))], "c")
+    net.node("Unsqueeze", ["c", np.array([2, 3])], "u")
+    net.node("Reshape", ["u", np.array([0, -1, 2, 2, 0, 0])], "a")
+    net.node("Transpose", ["a"], "b", perm=[0, 1, 4, 2, 5, 3])
+    net.node("Reshape", ["b", np.array([0, 0, -1, 1, 0, 0])], "d")
+    net.node("Reshape", ["d", np.array([0, 0, 0, 0, -1, 1])], "e")
+    net.node("Relu", ["e"], "r")
+    net.node("Reshape", ["r", np.array([0, 0, -1, 2, 0, 1])], "f")
+    net.node("Reshape", ["f", np.array([0, 0, 0, 0, -1, 2])], "g")
+    net.node("Transpose", ["g"], "i", perm=[0, 1, 3, 5, 2, 4])
+    net.node("Reshape", ["i", np.array([0, -1, 1, 1, 0, 0])], "j")
+    net.node("Squeeze", ["j", np.array([2, 3])], "k")
+    net.node("Conv", ["k", net.rand(2, 8, 1, 1)], "z")
+    assert gained(net.case("z")) == (24 + 16, 12 + 8)
+
+
+@pytest.mark.parametrize("opset", [11, 13])
+def test_a_squeeze_of_all_axes_of_size_one_keeps_the_last_channel(opset):
+    """One channel stays of eight, and is no axis that Squeeze drops; with an open batch size, all stay."""
+    for batch, after in ((2, 3 + 2), ("n", 24 + 16)):
+        net = Net(x=(batch, 3, 4, 4))
+        net.node("Conv", ["x", net.rand(8, 3, 1, 1, dead=range(1, 8))], "c")
+        net.node("GlobalAveragePool", ["c"], "g")
+        net.node("Squeeze", ["g"], "s")
+        net.node("MatMul", ["s", net.rand(8, 2)], "z")
+        assert gained(net.case("z", opset=opset)) == (24 + 16, after)

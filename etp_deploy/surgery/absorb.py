@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 import onnx_ir as ir
 
 from etp_deploy.surgery.shapes import Size, is_parameter
+from etp_deploy.surgery.statements.base import opset_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    import numpy as np
 
 
 def absorb_padding(graph: ir.Graph) -> bool:
@@ -46,6 +46,38 @@ def expand_tiles(graph: ir.Graph) -> bool:
             node.op_type = "Expand"
             found = True
     return found
+
+
+# where Squeeze takes its axes as an input
+_SQUEEZE_INPUT_OPSET = 13
+
+
+def name_squeezed_axes(graph: ir.Graph, constant: Callable[[ir.Graph, np.ndarray, str], ir.Value]) -> None:
+    """Let each Squeeze say which axes it drops, where sizes are fixed: one that shrinks to size 1 must not go too.
+
+    Args:
+        graph: with inferred shapes; it is changed.
+        constant: adds an initializer.
+    """
+    for node in graph.all_nodes():
+        if not drops_any(node) or node.inputs[0] is None or node.inputs[0].shape is None:
+            continue
+        sizes = list(node.inputs[0].shape)
+        if not all(isinstance(size, int) for size in sizes):
+            continue
+        axes = [axis for axis, size in enumerate(sizes) if size == 1]
+        if opset_of(node) < _SQUEEZE_INPUT_OPSET:
+            node.attributes["axes"] = ir.AttrInt64s("axes", axes)
+            continue
+        node.resize_inputs(2)
+        named = constant(graph, np.array(axes, np.int64), f"{node.outputs[0].name}_axes")
+        node.replace_input_with(1, named)
+
+
+def drops_any(node: ir.Node) -> bool:
+    """Return whether a node is a Squeeze that drops all axes that turn out to be of size 1."""
+    named = "axes" in node.attributes or (len(node.inputs) > 1 and node.inputs[1] is not None)
+    return node.op_type == "Squeeze" and node.domain == "" and not named
 
 
 _STATES = {"LSTM": (5, 6), "GRU": (5,), "RNN": (5,)}

@@ -19,7 +19,13 @@ from onnx_shape_inference import ShapeInferenceError, infer_symbolic_shapes
 import etp_deploy.surgery.fused_shapes
 import etp_deploy.surgery.quantized_shapes  # noqa: F401 - teaches shape inference
 from etp_deploy.errors import ModelError
-from etp_deploy.surgery.absorb import absorb_padding, expand_tiles, omit_expansions, omit_zero_states
+from etp_deploy.surgery.absorb import (
+    absorb_padding,
+    expand_tiles,
+    name_squeezed_axes,
+    omit_expansions,
+    omit_zero_states,
+)
 from etp_deploy.surgery.boundaries import (
     forget_body_inputs,
     forget_shapes,
@@ -76,6 +82,7 @@ def prepare(model: ir.Model) -> ir.Model:
         changed = fold_integers(model.graph) | resolve_shapes(model.graph) | fill_shapes(model.graph)
         remove_unused(model)
     graph = model.graph
+    name_squeezed_axes(graph, constant)
     if open_projections(graph, partial(constant, graph)):
         remove_unused(model)
         infer_shapes(model)

@@ -29,6 +29,7 @@ from etp_deploy.surgery.statements.base import (
     SliceInput,
     TakeEntries,
     array_of,
+    new_target,
     taken,
 )
 from etp_deploy.surgery.stored import pack, set_stored, stored
@@ -115,8 +116,8 @@ class Rewriter:
                 node.attributes.pop(name, None)
             case SetAttribute(name, (int() | float() | tuple()) as value):
                 node.attributes[name] = _attribute(name, value)
-            case SetShape(index, sizes):
-                self._set_shape(node, index, sizes)
+            case SetShape():
+                self._set_shape(node, edit)
             case SetSlice():
                 self._set_slice(node, edit)
 
@@ -225,12 +226,16 @@ class Rewriter:
             else self.shared(name, tensor.numpy())
         )
 
-    def _set_shape(self, node: ir.Node, index: int, sizes: tuple[tuple[Size, Size], ...]) -> None:
+    def _set_shape(self, node: ir.Node, edit: SetShape) -> None:
+        index, sizes = edit.index, edit.sizes
         target = node.inputs[index]
         assert target is not None
         literal = array_of(target)
         if literal is not None:
-            self._set_input(node, index, _new_literal(literal, sizes, node))
+            changed = new_target(literal, edit)
+            if changed is None:
+                raise PlanError("a target shape has more than one open entry", where=node.name or "")
+            self._set_input(node, index, changed)
             return
         concat = target.producer()
         if concat is None or concat.op_type != "Concat" or len(concat.inputs) != len(sizes):
@@ -377,25 +382,6 @@ def _attribute(name: str, value: float | tuple[int, ...]) -> ir.Attr:
     if isinstance(value, tuple):
         return ir.AttrInt64s(name, value)
     return ir.AttrInt64(name, value) if isinstance(value, int) else ir.AttrFloat32(name, value)
-
-
-def _new_literal(literal: np.ndarray, sizes: tuple[tuple[Size, Size], ...], node: ir.Node) -> np.ndarray:
-    """Return a constant target with the changed entries replaced."""
-    values = [int(entry) for entry in literal]
-    for position, (size, old) in enumerate(sizes):
-        if size == old or values[position] == -1:
-            continue
-        if size.static is not None:
-            values[position] = size.coefficient
-        elif values[position] != 0 and -1 not in values:
-            values[position] = -1
-        else:
-            raise PlanError("a target shape has more than one open entry", where=node.name or "")
-    # an entry of 0 copies the input's size, which may have changed although the output's did not
-    for position, (size, _) in enumerate(sizes):
-        if values[position] == 0 and size.static is not None:
-            values[position] = size.coefficient
-    return np.array(values, np.int64)
 
 
 def rewrite(model: ir.Model, edits: Sequence[tuple[ir.Node, tuple[Edit, ...]]]) -> None:

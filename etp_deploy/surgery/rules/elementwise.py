@@ -10,7 +10,7 @@ import onnx_ir as ir
 from etp_deploy.surgery.examples import computed, example, literal, weight
 from etp_deploy.surgery.rules.common import broadcast_maps, constant_at, input_at, rank, same_axes
 from etp_deploy.surgery.rules.registry import RefusedError, rule
-from etp_deploy.surgery.statements.base import array_of
+from etp_deploy.surgery.statements.base import array_of, softmax_axis
 from etp_deploy.surgery.statements.pointwise import Pointwise
 
 if TYPE_CHECKING:
@@ -270,8 +270,7 @@ def _guarded_softmax(node: ir.Node) -> int | None:
         return None
     if softmax is None or softmax.op_type != "Softmax" or may_be_infinite(softmax.inputs[0]):
         return None
-    axis = softmax.attributes.get_int("axis", -1)
-    return axis if axis >= 0 else axis + rank(value)
+    return softmax_axis(softmax, rank(value))
 
 
 _FINITE_SOURCES = {"MatMul", "Gemm", "Conv", "Softmax", "LayerNormalization", "Sigmoid", "Tanh"}

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from etp_deploy.surgery.absorb import drops_any
 from etp_deploy.surgery.examples import computed, example, indices, literal, weight
 from etp_deploy.surgery.rules.common import (
     attribute,
@@ -57,11 +58,14 @@ def reshape(node: ir.Node) -> Statement:
     examples=(
         example(computed(2, 6, 4), operator="Flatten"),
         example(computed(2, 6, 1, 4), literal([2]), operator="Squeeze"),
+        example(computed(2, 6, 1, 4), operator="Squeeze", removable=False),
         example(computed(2, 6, 4), literal([1]), operator="Unsqueeze"),
     ),
 )
 def flatten(node: ir.Node) -> Statement:
     """y = x with axes merged, dropped or added, entries in the same order"""
+    if drops_any(node):
+        raise RefusedError("which axes a Squeeze drops is not known before the model runs")
     return Reshape(node)
 
 

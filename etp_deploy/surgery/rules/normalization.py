@@ -14,7 +14,7 @@ from etp_deploy.surgery.rules.common import (
     same_axes,
 )
 from etp_deploy.surgery.rules.registry import RefusedError, rule
-from etp_deploy.surgery.statements.base import array_of, opset_of
+from etp_deploy.surgery.statements.base import array_of, opset_of, softmax_axis
 from etp_deploy.surgery.statements.normalised import Centred, Normed
 from etp_deploy.surgery.statements.pointwise import Pointwise
 
@@ -156,14 +156,15 @@ def lp_normalization(node: ir.Node) -> Statement:
         example(computed(2, 4, 6), axis=1),
         example(computed(2, 4, 6), axis=-1, opset=12),
         example(computed(2, 4, 6), axis=1, opset=12, removable=False),
+        example(computed(2, 4, 6), opset=12, removable=False),
+        example(computed(4, 6), opset=12),
     ),
 )
 def softmax(node: ir.Node) -> Statement:
     """y = exp(x) / sum(exp(x)) along an axis; rows sum to one"""
     axes = rank(node.inputs[0])
-    axis = normal_axis(int(attribute(node, "axis", -1)), axes)
-    opset = node.graph.opset_imports.get("", 1) if node.graph is not None else 1
-    if opset < 13 and axis != axes - 1:
+    axis = softmax_axis(node, axes)
+    if axis is None:
         raise RefusedError("a Softmax of an opset before 13 over several axes")
     return Pointwise(
         node,

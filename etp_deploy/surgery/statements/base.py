@@ -81,10 +81,17 @@ class SetAttribute:
 
 @dataclass(frozen=True)
 class SetShape:
-    """Rewrite the entries of a target shape whose axes changed; each axis's new size, and the one before."""
+    """Rewrite the entries of a target shape whose axes changed.
+
+    Attributes:
+        index: the input that holds it.
+        sizes: each axis's new size, and the one before.
+        copied: the axes that have the new size of the data's axis at the same place, which a Reshape's 0 copies.
+    """
 
     index: int
     sizes: tuple[tuple[Size, Size], ...]
+    copied: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -225,6 +232,21 @@ def opset_of(node: ir.Node) -> int:
     return 1 if node.graph is None else int(node.graph.opset_imports.get("", 1))
 
 
+# from this operator set on, a softmax runs along one axis, the last unless it says otherwise
+_SOFTMAX_OF_ONE_AXIS = 13
+
+
+def softmax_axis(node: ir.Node, rank: int) -> int | None:
+    """Return the one axis along which a Softmax (or LogSoftmax, Hardmax) runs; None where it runs over several.
+
+    Before opset 13 it ran over all axes from the one it names, which is the second by default.
+    """
+    single = opset_of(node) >= _SOFTMAX_OF_ONE_AXIS
+    axis = node.attributes.get_int("axis", -1 if single else 1)
+    axis = axis + rank if axis < 0 else axis
+    return axis if single or axis == rank - 1 else None
+
+
 def set_plain(state: State, value: ir.Value) -> None:
     """Give an output the structure in which nothing can be removed."""
     state.set_structure(value, None if value.shape is None else plain(value.shape))
@@ -256,6 +278,24 @@ def new_sizes(structure: Structure, reduced: tuple[int, ...]) -> tuple[tuple[Siz
             size = size * (Size(reduced[dim]) if factor.labelled else factor.size)
         sizes.append((size, axis_size(factors)))
     return tuple(sizes)
+
+
+def new_target(literal: np.ndarray, edit: SetShape) -> np.ndarray | None:
+    """Return a constant target with the changed entries replaced; None where it would need two that are open."""
+    values = [int(entry) for entry in literal]
+    for position, (size, old) in enumerate(edit.sizes):
+        if values[position] == -1 or (values[position] != 0 and size == old):
+            continue
+        # an entry of 0 copies the input's size, which may have changed although the output's did not
+        if size.static is not None:
+            values[position] = size.coefficient
+        elif values[position] == 0 and position in edit.copied:
+            continue
+        elif -1 not in values:
+            values[position] = -1
+        else:
+            return None
+    return np.array(values, np.int64)
 
 
 def cut_size(edit: Edit, value: ir.Value) -> tuple[int, bytes]:

@@ -6,14 +6,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from etp_deploy.surgery.statements.base import array_of, opset_of
+from etp_deploy.surgery.statements.base import array_of, softmax_axis
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-
-
-# from this operator set on, a softmax runs along the last axis unless it says otherwise
-_LAST_BY_DEFAULT = 13
 
 
 def shifts_vanish(value: ir.Value) -> bool:
@@ -30,8 +26,7 @@ def _vanish(node: ir.Node, place: int, value: ir.Value) -> bool:
     rank = len(value.shape)
     match node.op_type:
         case "Softmax" | "LogSoftmax":
-            default = -1 if opset_of(node) >= _LAST_BY_DEFAULT else 1
-            return node.attributes.get_int("axis", default) in {-1, rank - 1}
+            return softmax_axis(node, rank) == rank - 1
         case "Add" | "Sub" | "Identity" | "Cast":
             passes = True
         case "Mul" | "Div":

@@ -25,8 +25,10 @@ from etp_deploy.surgery.statements.base import (
     Edit,
     SetShape,
     Statement,
+    array_of,
     default_layout,
     new_sizes,
+    new_target,
     set_plain,
     writable,
 )
@@ -182,13 +184,28 @@ class Reshape(Move):
 
     def edits(self, state: State) -> Iterator[Edit]:
         """Write the sizes of the axes that lost channels into the target."""
-        if not self.active or self.target is None:
-            return
-        structure = state.structure(self.out)
-        assert structure is not None
-        if state.mask(self.out).all():
-            return
-        yield SetShape(self.target, new_sizes(structure, state.layouts[self.out].shape))
+        edit = self._new_shape(state)
+        if edit is not None:
+            yield edit
+
+    def check(self, state: State) -> None:
+        """Raise a conflict where a constant target would have to leave two sizes open."""
+        edit = self._new_shape(state)
+        literal = None if edit is None else array_of(self.node.inputs[edit.index])
+        if edit is not None and literal is not None and new_target(literal, edit) is None:
+            raise ConflictError([self.data, self.out])
+
+    def _new_shape(self, state: State) -> SetShape | None:
+        if not self.active or self.target is None or state.mask(self.out).all():
+            return None
+        before, behind = state.structure(self.data), state.structure(self.out)
+        assert before is not None
+        assert behind is not None
+        given = new_sizes(before, state.layouts[self.data].shape)
+        sizes = new_sizes(behind, state.layouts[self.out].shape)
+        pairs = enumerate(zip(given, sizes, strict=False))
+        copied = frozenset(axis for axis, ((own, _), (made, _)) in pairs if own == made)
+        return SetShape(self.target, sizes, copied)
 
 
 def _counts(mask: np.ndarray) -> tuple[int, ...]:
