@@ -179,3 +179,20 @@ def _parameter(value: ir.Value | None) -> np.ndarray | None:
     if value is None or not is_parameter(value) or value.const_value is None:
         return None
     return value.const_value.numpy()
+
+
+# an end from here on means the axis's own end, whatever its size
+_FAR = (1 << 31) - 1
+
+
+def open_ends(graph: ir.Graph, constant: Callable[[ir.Graph, np.ndarray, str], ir.Value]) -> None:
+    """Write the end of a Slice that runs to its axis's end as the largest number: inference counts up to others."""
+    far = np.iinfo(np.int64).max
+    for node in graph.all_nodes():
+        ends = node.inputs[2] if node.op_type == "Slice" and len(node.inputs) > 2 else None
+        array = _parameter(ends)
+        if ends is None or array is None or array.dtype != np.int64 or node.domain != "":
+            continue
+        if ((array >= _FAR) & (array < far)).any():
+            opened = np.where(array >= _FAR, far, array)
+            node.replace_input_with(2, constant(graph, opened, f"{ends.name}_open"))

@@ -70,12 +70,12 @@ def _spell_out(node: ir.Node) -> bool:
         return False
     first, second = node.inputs
     if first is None or second is None or is_parameter(first) or is_parameter(second):
-        return False
+        return False  # a contraction, or nothing that is read
     try:
         inputs, out = equation(node)
     except EquationError:
         return False
-    orders = _orders(inputs[0], inputs[1], out)
+    orders = None if any(map(_dequantised, (first, second))) else _orders(inputs[0], inputs[1], out)
     if orders is None or first.dtype is None or not first.dtype.is_floating_point():
         return False
     sizes = _sizes([(inputs[0], first), (inputs[1], second), (out, node.outputs[0])])
@@ -94,6 +94,12 @@ def _spell_out(node: ir.Node) -> bool:
         fresh.type, fresh.shape = result.type, result.shape
     replace_nodes_and_values(node.graph, node, [node], made, [result], [fresh])
     return True
+
+
+def _dequantised(value: ir.Value) -> bool:
+    """Return whether DequantizeLinear makes a tensor: the runtime moves that behind a Transpose, and fails at it."""
+    node = value.producer()
+    return node is not None and node.op_type == "DequantizeLinear"
 
 
 def _orders(first: Letters, second: Letters, out: Letters) -> tuple[Letters, Letters, Letters] | None:

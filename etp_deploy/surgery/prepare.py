@@ -25,6 +25,7 @@ from etp_deploy.surgery.absorb import (
     name_squeezed_axes,
     omit_expansions,
     omit_zero_states,
+    open_ends,
 )
 from etp_deploy.surgery.boundaries import (
     forget_body_inputs,
@@ -76,6 +77,7 @@ def prepare(model: ir.Model) -> ir.Model:
     open_copies(model.graph)
     forget_body_inputs(model)
     unpack(model.graph, constant)
+    open_ends(model.graph, constant)
     changed = True
     while changed:  # a resolved target makes more shapes known, which may resolve more
         infer_shapes(model)

@@ -25,6 +25,7 @@ from etp_deploy.surgery.statements.moves import Expand, Permute, Reshape, Tile
 from etp_deploy.surgery.statements.opaque import Opaque
 from etp_deploy.surgery.statements.pointwise import Pointwise
 from etp_deploy.surgery.statements.select import Select
+from etp_deploy.surgery.statements.subpixels import Subpixels
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -408,3 +409,37 @@ def _axes_read(node: ir.Node) -> tuple[int, ...] | None:
             return tuple(range(first, last))
         read.update(range(first, last)[int(index)] for index in picked.reshape(-1))
     return tuple(sorted(read))
+
+
+@rule(
+    "DepthToSpace",
+    examples=(
+        example(computed(2, 12, 2, 3), blocksize=2),
+        example(computed(2, 12, 2, 3), blocksize=2, mode="CRD"),
+        example(computed(1, 18, 2, 2), blocksize=3, mode="DCR"),
+        example(computed(2, 4, 2, 3), blocksize=2, removable=False),
+    ),
+)
+def depth_to_space(node: ir.Node) -> Statement:
+    """y[n, c, h * b + i, w * b + j] = x[n, (i * b + j) * C + c, h, w] (DCR), x[n, (c * b + i) * b + j, h, w] (CRD)"""
+    block = int(attribute(node, "blocksize", 1))
+    channels = static(node.inputs[0], 1) // block**2
+    last = attribute(node, "mode", "DCR") == "CRD"
+    table = np.arange(channels * block**2)
+    gathered = table.reshape(channels, -1) if last else table.reshape(-1, channels).T
+    return Subpixels(node, gathered, spreads=True, channels_last=last)
+
+
+@rule(
+    "SpaceToDepth",
+    examples=(
+        example(computed(2, 3, 4, 6), blocksize=2),
+        example(computed(1, 2, 3, 6), blocksize=3),
+    ),
+)
+def space_to_depth(node: ir.Node) -> Statement:
+    """y[n, (i * b + j) * C + c, h, w] = x[n, c, h * b + i, w * b + j]"""
+    block = int(attribute(node, "blocksize", 1))
+    channels = static(node.inputs[0], 1)
+    gathered = np.arange(channels * block**2).reshape(-1, channels).T
+    return Subpixels(node, gathered, spreads=False, channels_last=False)

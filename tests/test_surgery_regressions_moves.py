@@ -1,0 +1,65 @@
+"""Channels and pixels, and graphs that random ones showed to be refused or not to run; exact counts."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from graphs import failure, shrunk, weight_elements
+from test_surgery_regressions import Net, gained
+
+
+@pytest.mark.parametrize("mode", ["DCR", "CRD"])
+def test_channels_become_pixels(mode):
+    """A channel of the larger image goes with the four that its pixels were, biases alive."""
+    net = Net(x=("N", 3, 4, 5))
+    dead = (1, 4, 7, 10) if mode == "DCR" else (4, 5, 6, 7)
+    bias = net.rand(12)
+    bias[list(dead)] = 0.5
+    net.node("Conv", ["x", net.rand(12, 3, 1, 1, dead=dead), bias], "a")
+    net.node("DepthToSpace", ["a"], "b", blocksize=2, mode=mode)
+    net.node("Relu", ["b"], "c")
+    net.node("Conv", ["c", net.rand(4, 3, 1, 1), net.rand(4)], "y")
+    assert gained(net.case("y")) == (36 + 12 + 12 + 4, 24 + 8 + 8 + 4)
+
+
+def test_pixels_of_different_constants_stay():
+    """Control: four constants that differ make an image, not a constant channel."""
+    net = Net(x=(1, 3, 4, 5))
+    net.node("Conv", ["x", net.rand(12, 3, 1, 1, dead=(1, 4, 7, 10)), net.rand(12) + 2], "a")
+    net.node("DepthToSpace", ["a"], "b", blocksize=2)
+    net.node("Conv", ["b", net.rand(4, 3, 1, 1), net.rand(4)], "y")
+    assert gained(net.case("y")) == (36 + 12 + 12 + 4, 36 + 12 + 12 + 4)
+
+
+def test_pixels_become_channels():
+    """A dead channel goes with all the channels that its pixels become, a live one that nobody reads too."""
+    net = Net(x=(2, 3, 4, 6))
+    reader = net.rand(5, 16, 1, 1)
+    reader[:, [1, 5, 9, 13]] = 0
+    net.node("Conv", ["x", net.rand(4, 3, 1, 1, dead=(3,)), net.rand(4)], "a")
+    net.node("SpaceToDepth", ["a"], "b", blocksize=2)
+    net.node("Conv", ["b", reader, net.rand(5)], "y")
+    assert gained(net.case("y")) == (12 + 4 + 80 + 5, 6 + 2 + 40 + 5)
+
+
+def test_an_einsum_of_what_was_dequantised_runs():
+    """The runtime cannot move DequantizeLinear behind a Transpose: such an Einsum stays one."""
+    net = Net(x=(2, 3, 4))
+    net.node("MatMul", ["x", net.rand(4, 6, dead=(1,), axis=1)], "a")
+    net.node("QuantizeLinear", ["a", np.float32(0.1), np.uint8(128)], "q")
+    net.node("DequantizeLinear", ["q", np.float32(0.1), np.uint8(128)], "d")
+    net.node("Einsum", ["a", "d"], "e", equation="bnk,bmk->bnm")
+    net.node("MatMul", ["e", net.rand(3, 2)], "y")
+    assert failure(net.case("y", opset=21)) is None
+
+
+def test_a_slice_to_an_end_that_is_far_away():
+    """An end beyond any axis is that axis's own, also where its size is open."""
+    net = Net(x=("N", 5, 6))
+    net.node("Transpose", ["x"], "t", perm=[1, 0, 2])
+    net.node("Slice", ["t", np.array([1]), np.array([1 << 31]), np.array([1])], "s")
+    net.node("MatMul", ["s", net.rand(6, 8, dead=(0, 3), axis=1)], "h")
+    net.node("MatMul", ["h", net.rand(8, 3)], "z")
+    case = net.case("z")
+    assert failure(case) is None
+    assert (weight_elements(case.model), weight_elements(shrunk(case.model))) == (72, 54)
