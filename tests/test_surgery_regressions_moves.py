@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
 import pytest
 from graphs import failure, shrunk, weight_elements
+from onnx import helper
 from test_surgery_regressions import Net, gained
 
 
@@ -65,3 +67,36 @@ def test_a_slice_to_an_end_that_is_far_away():
     case = net.case("z")
     assert failure(case) is None
     assert (weight_elements(case.model), weight_elements(shrunk(case.model))) == (48 + 16 + 24, 36 + 16 + 18)
+
+
+def test_a_body_declares_no_shape_that_it_did_not_declare():
+    """The runtime's inference counts a pooling otherwise than its kernel: it must learn no shape to hold against it."""
+    net = Net(x=(2, 7))
+    net.node("MatMul", ["x", net.rand(7, 4)], "s")
+    graph = helper.make_graph(
+        [
+            helper.make_node("Tanh", ["state"], ["next"]),
+            helper.make_node("Identity", ["next"], ["seen"]),
+            helper.make_node("Identity", ["more"], ["again"]),
+        ],
+        "body",
+        [
+            helper.make_tensor_value_info("round", onnx.TensorProto.INT64, []),
+            helper.make_tensor_value_info("more", onnx.TensorProto.BOOL, []),
+            helper.make_tensor_value_info("state", onnx.TensorProto.FLOAT, None),
+        ],
+        [
+            helper.make_tensor_value_info("again", onnx.TensorProto.BOOL, []),
+            helper.make_tensor_value_info("next", onnx.TensorProto.FLOAT, None),
+            helper.make_tensor_value_info("seen", onnx.TensorProto.FLOAT, None),
+        ],
+    )
+    net.node("Loop", [np.array(2), np.array(True), "s"], ["last", "all"], body=graph)
+    net.node("AveragePool", ["all"], "p", ceil_mode=1, kernel_shape=[1], strides=[2])
+    net.node("MatMul", ["last", net.rand(4, 5, dead=(0, 1), axis=1)], "h")
+    net.node("MatMul", ["h", net.rand(5, 2)], "y")
+    net.node("MatMul", ["p", net.rand(2, 3)], "z")
+    case = net.case("y", "z")
+    assert gained(case) == (28 + 20 + 10 + 6, 28 + 12 + 6 + 6)
+    body = next(node for node in shrunk(case.model).graph.node if node.op_type == "Loop").attribute[0].g
+    assert not any(value.type.tensor_type.HasField("shape") for value in (body.input[2], *body.output[1:]))

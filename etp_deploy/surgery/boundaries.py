@@ -146,6 +146,24 @@ def release_bodies(graph: ir.Graph) -> None:
 
 # shapes
 
+_UNDECLARED = "etp_deploy.undeclared"
+
+
+def note_undeclared(model: ir.Model) -> None:
+    """Remember which inputs and outputs of bodies declare no shape."""
+    for body in model.graph.subgraphs():
+        for value in (*body.inputs, *body.outputs):
+            if value.shape is None:
+                value.meta[_UNDECLARED] = True
+
+
+def undeclare(graph: ir.Graph) -> None:
+    """Take back shapes that bodies did not declare: the runtime's inference would hold its kernels against them."""
+    for body in graph.subgraphs():
+        for value in (*body.inputs, *body.outputs):
+            if value.meta.get(_UNDECLARED):
+                value.shape = None
+
 
 def forget_shapes(model: ir.Model) -> None:
     """Drop the shapes of all that nodes make; the main graph's outputs keep what they declare."""

@@ -34,6 +34,7 @@ from etp_deploy.surgery.boundaries import (
     has_bodies,
     hide_unknown,
     name_apart,
+    note_undeclared,
     open_bodies,
     open_copies,
     open_returns,
@@ -61,6 +62,7 @@ def prepare(model: ir.Model) -> ir.Model:
     _drop_annotations(model)
     _drop_initializer_inputs(model)
     passes.InlinePass()(model)
+    note_undeclared(model)
     own_initializers(model)
     open_returns(model)
     for simplify in (

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from etp_deploy.errors import PlanError
-from etp_deploy.surgery.boundaries import name_apart, release_bodies, remove_unused
+from etp_deploy.surgery.boundaries import name_apart, release_bodies, remove_unused, undeclare
 from etp_deploy.surgery.copies import join_copies
 from etp_deploy.surgery.fusions import put_together
 from etp_deploy.surgery.projections import close_projections
@@ -394,6 +394,7 @@ def rewrite(model: ir.Model, edits: Sequence[tuple[ir.Node, tuple[Edit, ...]]]) 
     for value in (value for node in model.graph.all_nodes() for value in node.outputs):
         if not value.is_graph_output():
             value.shape = None
+    undeclare(model.graph)
     release_bodies(model.graph)
     remove_unused(model)
     rewriter.wanted.update(pack(model.graph, constant, rewriter.wanted))
