@@ -12,14 +12,14 @@ from etp_deploy.errors import UsageError
 from etp_deploy.modelfile import read_model
 from etp_deploy.surgery.duplicates import merge_duplicates as merge
 from etp_deploy.surgery.plan import Layer, plan, reason
-from etp_deploy.surgery.policy import HOST, Target, alignment, convolutions, multiple_fill, target_named
+from etp_deploy.surgery.policy import HOST, Target, alignment, convolutions, multiple_fill
 from etp_deploy.surgery.prepare import prepare
 from etp_deploy.surgery.residuals import partial_residuals as read_partial
 from etp_deploy.surgery.residuals import shrink_branches
 from etp_deploy.surgery.rewrite import restore_interface, rewrite
 from etp_deploy.surgery.shapes import frame_dims, has_labels
 from etp_deploy.surgery.thresholds import newly_dead, with_zeros
-from etp_deploy.tuning import host_target
+from etp_deploy.tuning import planned_for
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -131,7 +131,7 @@ def inspect(
         ModelError: when the source cannot be read as a model.
         UsageError: when an option makes no sense.
     """
-    options = _Options(align, _planned(target), zero_below, merge_duplicates, partial_residuals)
+    options = _Options(align, planned_for(target), zero_below, merge_duplicates, partial_residuals)
     found = _analyse(source, options)
     others = {"off": 1, **{str(multiple): multiple for multiple in options.target.multiples if multiple > 1}}
     by_align = {
@@ -149,10 +149,6 @@ def inspect(
         nearly_dead={f"{share:g}": newly_dead(found.model, share) for share in shares},
         merged=found.merged,
     )
-
-
-def _planned(target: str) -> Target:
-    return host_target() if target == HOST else target_named(target)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,7 +225,7 @@ def explain(
         ModelError: when the source cannot be read as a model.
         UsageError: when there is no such tensor or axis.
     """
-    options = _Options(align, _planned(target), zero_below, merge_duplicates, partial_residuals)
+    options = _Options(align, planned_for(target), zero_below, merge_duplicates, partial_residuals)
     analysis = _analyse(source, options).analysis
     value = _find(analysis, tensor, source)
     structure = analysis.state.structure(value)

@@ -18,13 +18,13 @@ from etp_deploy.simplify import Simplifier
 from etp_deploy.sizes import ModelSizes, model_sizes
 from etp_deploy.surgery.duplicates import merge_duplicates as merge
 from etp_deploy.surgery.plan import Layer, RemovalPlan, plan
-from etp_deploy.surgery.policy import HOST, Target, alignment, multiple_fill, target_named
+from etp_deploy.surgery.policy import HOST, Target, alignment, multiple_fill
 from etp_deploy.surgery.prepare import prepare
 from etp_deploy.surgery.residuals import partial_residuals as read_partial
 from etp_deploy.surgery.residuals import shrink_branches
 from etp_deploy.surgery.rewrite import restore_interface, rewrite
 from etp_deploy.surgery.thresholds import newly_dead, with_zeros
-from etp_deploy.tuning import fastest, host_target, measured
+from etp_deploy.tuning import fastest, measured, planned_for
 from etp_deploy.verification import Verification
 from etp_deploy.verification import verify as verify_models
 
@@ -169,11 +169,10 @@ def compress(
         )
     if inputs is not None and not verify:
         raise UsageError("nothing runs on the inputs", where="inputs", hint="verify, or leave them out")
-    planned = host_target() if target == HOST else target_named(target)
+    planned = planned_for(target)
     multiple = alignment(align, planned)
-    read_partial(
-        partial_residuals, multiple
-    )  # an option that makes no sense is refused before anything is read
+    # an option that makes no sense is refused before anything is read
+    read_partial(partial_residuals, multiple)
     job = _Job(progress)
     with job.stage("read"):
         original = read_model(source)
@@ -185,20 +184,20 @@ def compress(
         folder = stack.enter_context(
             tempfile.TemporaryDirectory(dir=destination.parent, prefix=f".{destination.name}.")
         )
-        reference = source
+        reference, outside = source, keeps_weights_outside(original)
         with job.stage("threshold"):
             nearly = newly_dead(original, HINT_THRESHOLD)
             model = with_zeros(original, zero_below) if zero_below else original
             if zero_below and verify:
                 reference = Path(folder) / "reference.onnx"
-                write_model(model, reference, external_data=keeps_weights_outside(original))
+                write_model(model, reference, external_data=outside)
         shrinking = _Shrinking(
             model,
             Path(folder),
             job,
             merge_duplicates=merge_duplicates,
             partial_residuals=partial_residuals,
-            outside=keeps_weights_outside(original),
+            outside=outside,
         )
         prepared = shrinking.prepared()
         before = model_sizes(original, source, prepared.graph)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from etp_deploy.bench.environment import cpu_flags
-from etp_deploy.surgery.policy import TARGETS, Target
+from etp_deploy.surgery.policy import HOST, TARGETS, Target, target_named
 from etp_deploy.worker import isolated
 
 if TYPE_CHECKING:
@@ -35,6 +35,15 @@ def host_target() -> Target:
     if platform.machine().lower() in {"aarch64", "arm64"}:
         return TARGETS["arm64"]
     return TARGETS["cpu-avx512" if "avx512f" in cpu_flags() else "cpu-avx2"]
+
+
+def planned_for(target: str) -> Target:
+    """Return the target of a name, "host" being this machine's.
+
+    Raises:
+        UsageError: where there is none.
+    """
+    return host_target() if target == HOST else target_named(target)
 
 
 def measured(candidates: Sequence[Path], inputs: Mapping[str, np.ndarray] | None) -> list[float]:

@@ -69,7 +69,7 @@ def test_the_fastest_candidate_is_kept(stack, monkeypatch, times, used, kept):
         return list(times.values())
 
     monkeypatch.setattr(pipeline, "measured", take)
-    monkeypatch.setattr(pipeline, "host_target", lambda: TARGETS["cpu-avx512"])
+    monkeypatch.setattr(tuning, "host_target", lambda: TARGETS["cpu-avx512"])
     report = compress(stack, stack.with_name("small.onnx"), simplify=False)
     assert seen == [15, 16]
     assert widths(stack.with_name("small.onnx")) == [kept] * 3 + [4]
