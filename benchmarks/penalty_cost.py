@@ -2,8 +2,10 @@
 
     python benchmarks/penalty_cost.py --out benchmarks/results/penalty_cost.json
 
-For VGG-19 (32x32 images, as for CIFAR-100) and ViT-B/16 (224x224), batch 32: the processor time of forward and
-backward pass with SGD's step, and of the penalty in each form. Medians over repeats, one thread, on the CPU.
+For VGG-19 (32x32 images, as for CIFAR-100) and ViT-B/16 (224x224): the processor time of a training step of 32 images
+with SGD, and what each form of the force adds to a step, as it is in the loop. What it adds does not depend on the
+images, so steps of two images are compared, one with and one without it in turn, which tells small differences from a
+busy machine. Medians, one thread, on the CPU.
 """
 
 from __future__ import annotations
@@ -26,6 +28,9 @@ if TYPE_CHECKING:
 
 VGG19 = (64, 64, 0, 128, 128, 0, *(256,) * 4, 0, *(512,) * 4, 0, *(512,) * 4, 0)
 BATCH = 32
+FEW = 2
+NORMS = ("l2_squared", "l2", "mean_l1")
+FORMS = ("add_gradients", "penalty", "shrink")
 
 
 def vgg19() -> nn.Sequential:
@@ -97,45 +102,73 @@ def reference(weights: Sequence[Tensor], forces: Sequence[Sequence[float]], beta
 def seconds(work: Callable[[], object], repeats: int) -> float:
     """Return the median processor time of a call, after one to warm up."""
     work()
-    times = []
-    for _ in range(repeats):
-        started = time.process_time()
-        work()
-        times.append(time.process_time() - started)
-    return statistics.median(times)
+    return statistics.median(once(work) for _ in range(repeats))
 
 
-def measure(name: str, model: nn.Module, groups: Sequence[Group], size: int, repeats: int) -> dict:
-    """Time a step and the penalty's forms for one network."""
-    torch.manual_seed(0)
-    images, labels = torch.randn(BATCH, 3, size, size), torch.randint(0, 10, (BATCH,))
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+def once(work: Callable[[], object]) -> float:
+    """Return the processor time of a call."""
+    started = time.process_time()
+    work()
+    return time.process_time() - started
 
-    def step() -> None:
-        optimizer.zero_grad(set_to_none=False)
-        nn.functional.cross_entropy(model(images), labels).backward()
-        optimizer.step()
 
-    whole = seconds(step, repeats)
-    rows = {}
-    for norm in ("l2_squared", "l2", "mean_l1"):
-        regularizer = TorqueRegularizer(model, beta=1e-9, norm=norm, groups=groups)
-        forms = {
-            "add_gradients": regularizer.add_gradients,
-            "penalty_backward": lambda r=regularizer: r.penalty().backward(),
-            "shrink": lambda r=regularizer: r.shrink(1e-9),
-        }
-        rows[norm] = {form: seconds(work, 5) for form, work in forms.items()}
+class Training:
+    """Steps of a network on noise.
+
+    Args:
+        model: the network.
+        size: height and width of its images.
+    """
+
+    def __init__(self, model: nn.Module, size: int) -> None:
+        self.model = model
+        self.size = size
+        self.optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+
+    def step(self, batch: int, form: str = "", regularizer: TorqueRegularizer | None = None) -> None:
+        """Take one, with the force in one of its forms."""
+        images, labels = torch.ones(batch, 3, self.size, self.size), torch.zeros(batch, dtype=torch.int64)
+        self.optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(self.model(images), labels)
+        if form == "penalty":
+            loss = loss + regularizer.penalty()
+        loss.backward()
+        if form == "add_gradients":
+            regularizer.add_gradients()
+        self.optimizer.step()
+        if form == "shrink":
+            regularizer.shrink(1e-9)
+
+
+def measure(
+    name: str, model: nn.Module, groups: Sequence[Group], size: int, options: argparse.Namespace
+) -> dict:
+    """Time a step, and what each form of the force adds to one, for one network."""
+    training = Training(model, size)
+    whole = seconds(lambda: training.step(BATCH), options.repeats)
+    kinds = {
+        (norm, form): TorqueRegularizer(model, beta=1e-9, norm=norm, groups=groups)
+        for norm in NORMS
+        for form in FORMS
+    }
+    extra: dict[tuple[str, str], list[float]] = {kind: [] for kind in kinds}
+    training.step(FEW)
+    for _ in range(options.rounds):
+        for (norm, form), regularizer in kinds.items():
+            plain = once(lambda: training.step(FEW))
+            extra[norm, form].append(once(lambda f=form, r=regularizer: training.step(FEW, f, r)) - plain)
+    rows = {norm: {form: statistics.median(extra[norm, form]) for form in FORMS} for norm in NORMS}
     regularizer = TorqueRegularizer(model, beta=1e-9)
     weights = [model.get_parameter(part.parameter) for group in regularizer.groups for part in group.parts]
     forces = [regularizer.forces(group.name).tolist() for group in regularizer.groups]
-    loop = seconds(lambda: reference(weights, forces, 1e-9).backward(), 2)
+    loop = seconds(lambda: reference(weights, forces, 1e-9).backward(), 1)
     row = {
         "network": name,
         "weights": sum(weight.numel() for weight in model.parameters()),
         "step_seconds": whole,
         "seconds": rows,
         "share": {n: {form: s / whole for form, s in forms.items()} for n, forms in rows.items()},
+        "differences": {norm: {form: extra[norm, form] for form in FORMS} for norm in NORMS},
         "reference_loop_seconds": loop,
         "reference_loop_modules": sum(len(pulls) for pulls in forces),
         "reference_loop_share": loop / whole,
@@ -150,16 +183,17 @@ def main() -> None:
     """Measure both networks and write the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, help="where the results go, as JSON")
-    parser.add_argument("--repeats", type=int, default=3, help="timed steps of each network")
+    parser.add_argument("--repeats", type=int, default=3, help="timed steps of 32 images of each network")
+    parser.add_argument("--rounds", type=int, default=7, help="comparisons of each form")
     options = parser.parse_args()
     torch.set_num_threads(1)
     net = vgg19()
-    rows = [measure("VGG-19", net, discover(net, exclude=["54"], include_norm=True), 32, options.repeats)]
+    rows = [measure("VGG-19", net, discover(net, exclude=["54"], include_norm=True), 32, options)]
     vit = ViT()
-    rows.append(measure("ViT-B/16", vit, vit.groups(), 224, options.repeats))
+    rows.append(measure("ViT-B/16", vit, vit.groups(), 224, options))
     document = {
-        "schema": "etp-deploy/penalty-cost/1",
-        "command": f"python benchmarks/penalty_cost.py --repeats {options.repeats}",
+        "schema": "etp-deploy/penalty-cost/2",
+        "command": f"python benchmarks/penalty_cost.py --repeats {options.repeats} --rounds {options.rounds}",
         "batch": BATCH,
         "threads": 1,
         "clock": "processor time of the process",

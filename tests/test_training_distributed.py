@@ -70,10 +70,15 @@ def test_two_processes_reach_the_target_with_the_same_dead_set(how, case, alone,
             torch.testing.assert_close(found["weights"][name], weight, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("how", ["ddp", "fsdp"])
-@pytest.mark.parametrize("case", ["gradients", "gradients_l2", "mean_l1"])
+@pytest.mark.parametrize(
+    ("how", "case"),
+    [
+        *((how, case) for how in ("ddp", "fsdp") for case in ("gradients", "gradients_l2", "mean_l1")),
+        *((how, case) for how in ("ddp", "ddp, gradients in buckets") for case in ("inside", "inside_l2")),
+    ],
+)
 def test_every_way_to_apply_the_force_gives_the_same_weights(how, case, alone, both):
-    """The force added to gradients, and steps of another norm: the weights and metrics of one process."""
+    """The force added to gradients, in the loss, and steps of another norm: the weights and metrics of one process."""
     for rank in range(2):
         found = both[rank][how, case]
         assert same_dead(found, alone[case])
@@ -88,7 +93,7 @@ def test_the_force_matters_in_these_cases(alone):
     """Without force the weights are others, so that the comparison means something."""
     planned = two_processes.plan()
     free = two_processes.Training(two_processes.network(), planned[1], beta=0.0).epochs(0, 1).found()
-    for case in ("gradients", "gradients_l2", "mean_l1"):
+    for case in ("gradients", "gradients_l2", "mean_l1", "inside", "inside_l2"):
         off = [
             (alone[case]["weights"][name] - weight).abs().max() for name, weight in free["weights"].items()
         ]

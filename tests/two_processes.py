@@ -44,13 +44,24 @@ class Training:
         method: see `make`.
         beta: strength.
         proximal: see `Scheduled`.
+        inside: whether the loss holds the penalty.
         recorder: see `Scheduled`.
     """
 
     def __init__(
-        self, model, groups, *, blueprint=None, method="group_lasso", beta=0.02, proximal=True, recorder=None
+        self,
+        model,
+        groups,
+        *,
+        blueprint=None,
+        method="group_lasso",
+        beta=0.02,
+        proximal=True,
+        inside=False,
+        recorder=None,
     ):
         self.model = model
+        self.inside = inside
         self.optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=0.9)
         regularizer = make(method, model, groups, beta)
         options = {"proximal": proximal, "recorder": recorder}
@@ -71,8 +82,9 @@ class Training:
                 images = torch.randn(16, 1, 6, 6, generator=generator) + 3 * wanted.reshape(-1, 1, 1, 1)
                 own = slice(rank * 16 // world, (rank + 1) * 16 // world)
                 self.optimizer.zero_grad()
-                nn.functional.mse_loss(self.model(images[own])[:, 0], wanted[own]).backward()
-                if not self.force.proximal:
+                loss = nn.functional.mse_loss(self.model(images[own])[:, 0], wanted[own])
+                (loss + self.force.penalty() if self.inside else loss).backward()
+                if not (self.force.proximal or self.inside):
                     self.force.add_gradients()
                 self.optimizer.step()
                 self.force.step(RATE)
@@ -117,6 +129,8 @@ CASES = {
     "gradients": ({"method": "etp", "beta": 1e-3, "proximal": False}, 1),
     "gradients_l2": ({"method": "group_lasso", "beta": 2e-3, "proximal": False}, 1),
     "mean_l1": ({"method": "etp_reference", "beta": 1e-2}, 1),
+    "inside": ({"method": "etp", "beta": 1e-3, "proximal": False, "inside": True}, 1),
+    "inside_l2": ({"method": "group_lasso", "beta": 2e-3, "proximal": False, "inside": True}, 1),
 }
 
 
@@ -145,9 +159,9 @@ def sharded():
     return model
 
 
-def replicated():
+def replicated(**options):
     """Return the network as `DistributedDataParallel` trains it."""
-    return nn.parallel.DistributedDataParallel(network())
+    return nn.parallel.DistributedDataParallel(network(), **options)
 
 
 def resumed(wrap, planned, folder):
@@ -243,7 +257,12 @@ def main(folder):
     log = Path(folder, "log.jsonl")
     for case in CASES:
         answers["ddp", case] = run(case, replicated(), planned).found()
-        answers["fsdp", case] = run(case, sharded(), planned).found()
+        if case.startswith("inside"):  # shards have no penalty
+            answers["ddp, gradients in buckets", case] = run(
+                case, replicated(gradient_as_bucket_view=True), planned
+            ).found()
+        else:
+            answers["fsdp", case] = run(case, sharded(), planned).found()
     for how, wrap in (("ddp", replicated), ("fsdp", sharded)):
         answers[how, "resumed"] = resumed(wrap, planned, folder)
     answers["made before"] = made_before(planned[1])

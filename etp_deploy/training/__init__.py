@@ -6,6 +6,7 @@ from etp_deploy.training.blueprint import Blueprint, Price
 from etp_deploy.training.controller import Controller
 from etp_deploy.training.cost import Cost, LatencyCost, PlannedCost
 from etp_deploy.training.coupling import coupled_groups, removable_share
+from etp_deploy.training.dying import GroupStatistics
 from etp_deploy.training.forces import PAPER_STEEPNESS, REFERENCE_STEEPNESS, steepness_for
 from etp_deploy.training.modules import (
     Group,
@@ -17,7 +18,7 @@ from etp_deploy.training.modules import (
 )
 from etp_deploy.training.progress import Progress
 from etp_deploy.training.recording import Recorder
-from etp_deploy.training.regularizer import REFERENCE_THRESHOLD, GroupStatistics, TorqueRegularizer
+from etp_deploy.training.regularizer import REFERENCE_THRESHOLD, TorqueRegularizer
 from etp_deploy.training.regularizers import (
     METHODS,
     GrowingRegularizer,

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from etp_deploy.training.shards import Weights
+from etp_deploy.training.layout import rows
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from etp_deploy.training.layout import Layout
+    from etp_deploy.training.shards import Weights
 
 Norm = Literal["l2_squared", "mean_l1", "l1", "l2"]
 
@@ -32,11 +33,6 @@ class Pull:
     layout: Layout
     norm: Norm
     pulls: Tensor
-
-    def penalty(self, weights: Weights) -> Tensor:
-        """Return the sum of pulls times sizes as a differentiable scalar."""
-        value: Tensor = _Penalty.apply(self, *weights)  # type: ignore[no-untyped-call]
-        return value
 
     def sizes(self, weights: Weights) -> Tensor:
         """Return each module's size, shape (total,)."""
@@ -69,13 +65,30 @@ class Pull:
         lines = self.layout.spread(self.coefficients(sizes) * scale, weights)
         for number, (weight, own) in enumerate(zip(weights, lines, strict=True)):
             gradient = weights.gradient(number)
-            if gradient is None:
-                continue
-            direction, factor = self._direction(weight), _sum(own)
-            if gradient.dtype == factor.dtype:
-                gradient.addcmul_(direction, factor)
-            else:
-                gradient.add_((direction.to(factor.dtype) * factor).to(gradient.dtype))
+            if gradient is not None:
+                self.added(gradient, weight, own, gradient)
+
+    def added(self, gradient: Tensor, weight: Tensor, lines: Sequence[Tensor], out: Tensor | None) -> Tensor:
+        """Return a gradient of one weight plus this one.
+
+        Args:
+            gradient: what is there.
+            weight: the weight.
+            lines: the coefficients along its lines.
+            out: where the sum goes; a new tensor where None.
+        """
+        factor = _sum(lines)
+        if gradient.dtype != factor.dtype:
+            return torch.add(gradient, self.gradient(weight, lines), out=out)
+        if not self._absolute:
+            return torch.addcmul(gradient, weight, factor, out=out)
+        total = torch.empty_like(gradient) if out is None else out
+        count = rows(weight)
+        pieces = zip(*(torch.split(tensor, count) for tensor in (total, gradient, weight)), strict=True)
+        factors = torch.split(factor, count) if len(factor) > 1 else itertools.repeat(factor)
+        for (sums, own, part), coefficients in zip(pieces, factors, strict=False):
+            torch.addcmul(own, part.sign(), coefficients, out=sums)
+        return total
 
     def gradient(self, weight: Tensor, lines: Sequence[Tensor]) -> Tensor:
         """Return the gradient of one weight, given its coefficients along its lines."""
@@ -114,30 +127,6 @@ class Pull:
     def _elements(self) -> Tensor:
         # a module may have no weight that is pulled, and a mean over none is no NaN
         return self.layout.elements.clamp(min=1).to(self.pulls)
-
-    def _direction(self, weight: Tensor) -> Tensor:
-        return weight.sign() if self._absolute else weight
-
-
-class _Penalty(torch.autograd.Function):
-    """The penalty with its gradient in closed form: nothing of the size of the weights is kept in between."""
-
-    @staticmethod
-    def forward(ctx: Any, pull: Pull, *weights: Tensor) -> Tensor:
-        sizes = pull.sizes(Weights(weights))
-        ctx.pull = pull
-        ctx.sizes = sizes
-        ctx.save_for_backward(*weights)
-        return torch.dot(sizes, pull.pulls)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
-        weights, pull = Weights(ctx.saved_tensors), ctx.pull
-        lines = pull.layout.spread(pull.coefficients(ctx.sizes) * slope, weights)
-        wanted = ctx.needs_input_grad[1:]
-        pairs = zip(weights, lines, wanted, strict=True)
-        return (None, *(pull.gradient(weight, own) if asked else None for weight, own, asked in pairs))
 
 
 def _sum(lines: Sequence[Tensor]) -> Tensor:

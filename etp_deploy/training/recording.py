@@ -17,7 +17,8 @@ from etp_deploy.training.shards import is_first
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from etp_deploy.training.regularizer import GroupStatistics, TorqueRegularizer
+    from etp_deploy.training.dying import GroupStatistics
+    from etp_deploy.training.regularizer import TorqueRegularizer
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,13 @@ reference code's formula, linear torque (Gupta et al., WACV 2024) and everything
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 from etp_deploy.errors import UsageError
+from etp_deploy.training.dying import Clip, Modules
 from etp_deploy.training.forces import (
     PAPER_STEEPNESS,
     REFERENCE_STEEPNESS,
@@ -23,44 +23,22 @@ from etp_deploy.training.forces import (
     force_of,
     steepness_for,
 )
-from etp_deploy.training.layout import Layout, wide
+from etp_deploy.training.layout import wide
 from etp_deploy.training.modules import Group, discover
+from etp_deploy.training.penalty import penalty
 from etp_deploy.training.pulls import Norm, Pull
-from etp_deploy.training.shards import Weights
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
-Clip = Literal["weight", "module"]
+    from etp_deploy.training.layout import Layout
+    from etp_deploy.training.shards import Weights
 
 #: The reference code's clipping threshold, in units of a weight.
 REFERENCE_THRESHOLD = 5e-4
 
 
-@dataclass(frozen=True)
-class GroupStatistics:
-    """How far a group has come.
-
-    Args:
-        name: the group.
-        kind: what its modules are: channels, neurons, heads.
-        total: number of modules.
-        dead: modules in which some decisive part is exactly zero.
-        min_norm: least L2 norm of a module, all parts together.
-        max_norm: largest of these norms.
-        mean_norm: mean of these norms.
-    """
-
-    name: str
-    kind: str
-    total: int
-    dead: int
-    min_norm: float
-    max_norm: float
-    mean_norm: float
-
-
-class TorqueRegularizer:
+class TorqueRegularizer(Modules):
     """Torque on the prunable modules of a network.
 
     Module i of a group of n lies `d_i = |i - pivot|` from the pivot and is pulled with the force
@@ -134,17 +112,9 @@ class TorqueRegularizer:
             groups = discover(model, exclude=exclude, include_bias=include_bias, include_norm=include_norm)
         elif exclude or include_bias or include_norm:
             raise UsageError("only discovered groups can be changed", where="groups", hint="declare them so")
-        if not groups:
-            raise UsageError("the model has nothing to prune", hint="declare groups")
-        if len({group.name for group in groups}) != len(groups):
-            raise UsageError("two groups have the same name", where="groups")
-        self.model = model
+        super().__init__(model, groups, threshold, clip_by)
         self.beta = beta
-        self.threshold = threshold
-        self.groups = tuple(groups)
         self._norm: Norm = norm
-        self._clip_by: Clip = clip_by
-        self._layout = Layout(model, groups)
         self._pulled = self._pulled_layout()
         if keep is not None:
             steepness = steepness_for(keep)
@@ -152,8 +122,6 @@ class TorqueRegularizer:
             steepness = REFERENCE_STEEPNESS if norm == "mean_l1" else PAPER_STEEPNESS
         self._start = self._norms()
         self._forces = self._initial_forces(force, pivot, steepness)
-        self._frozen: Tensor | None = None
-        self._held: list[tuple[int, int, Tensor]] = []
 
     def _pulled_layout(self) -> Layout:
         """Return the layout of the weights that feel the force and make a module's size; all, here."""
@@ -178,12 +146,6 @@ class TorqueRegularizer:
             UsageError: there is no such group.
         """
         return self._layout.split(self._forces)[self._number(group)].clone()
-
-    def _number(self, group: str) -> int:
-        for number, candidate in enumerate(self.groups):
-            if candidate.name == group:
-                return number
-        raise UsageError("there is no such group", where=group)
 
     # the force
 
@@ -216,7 +178,7 @@ class TorqueRegularizer:
             raise UsageError(
                 "the shards of a network have no penalty of their own", where="penalty", hint=hint
             )
-        return pull.penalty(weights)
+        return penalty(pull, weights)
 
     @torch.no_grad()
     def add_gradients(self, scale: float = 1.0) -> None:
@@ -249,141 +211,6 @@ class TorqueRegularizer:
         pull, weights = self._pull()
         pull.shrink(weights, rate)
 
-    # the dead
-
-    @torch.no_grad()
-    def clip(self) -> int:
-        """Set what lies below the threshold to exact zero; call it after each epoch.
-
-        Source: the paper's reference code, single weights below 5e-4. See `clip_by` for whole modules.
-
-        Returns:
-            Number of dead modules over all groups, those that were dead before included.
-        """
-        layout, weights = self._layout, self._layout.weights(self.model)
-        if self._clip_by == "module":
-            below = layout.reduce(weights, "squares") / layout.slot_elements.clamp(min=1).to(
-                weights[0].device
-            )
-            small = (below.sqrt() < self.threshold) | (layout.reduce(weights, "largest") == 0)
-            self._zero(self._decided(small))
-        else:
-            everywhere = torch.ones(layout.total, dtype=torch.bool, device=weights[0].device)
-            for weight, lines in zip(weights, layout.spread(everywhere, weights), strict=True):
-                small = weight.abs() < self.threshold
-                for covered in lines:
-                    weight.masked_fill_(small & covered, 0.0)
-        return int(self._dead().sum())
-
-    @torch.no_grad()
-    def freeze(self) -> int:
-        """Remember the modules that are dead now and zero all of their parts; `hold` keeps them so.
-
-        Returns:
-            Number of dead modules over all groups.
-        """
-        self._set_frozen(self._dead())
-        self.hold()
-        assert self._frozen is not None
-        return int(self._frozen.sum())
-
-    def _set_frozen(self, dead: Tensor) -> None:
-        """Remember modules, and the places of their weights, so that holding them touches nothing else."""
-        self._frozen = dead
-        maps = self._layout.maps(dead.device)
-        gone = torch.cat([dead, dead.new_zeros(1)])
-        self._held = []
-        for line, modules in zip(self._layout.lines, maps.lines, strict=True):
-            places = torch.nonzero(gone[modules]).reshape(-1)
-            if len(places):
-                self._held.append((line.parameter, line.axis, places))
-
-    @torch.no_grad()
-    def hold(self) -> None:
-        """Zero the frozen modules again; call it after each optimiser step that follows `freeze`.
-
-        Gradients alone would not do: an optimiser's momentum moves weights whose gradient is zero.
-
-        Raises:
-            UsageError: nothing was frozen.
-        """
-        if self._frozen is None:
-            raise UsageError("nothing is frozen", hint="call freeze() before hold()")
-        weights = self._layout.weights(self.model)
-        for number, axis, places in self._held:
-            here = weights.places(number, axis, places.to(weights[number].device))
-            weights[number].index_fill_(axis, here, 0.0)
-
-    @torch.no_grad()
-    def kill(self, group: str, indices: Iterable[int]) -> None:
-        """Zero modules of a group as a whole, all of their parts.
-
-        Args:
-            group: the group's name.
-            indices: which of its modules.
-
-        Raises:
-            UsageError: there is no such group or module.
-        """
-        chosen = [int(index) for index in indices]
-        number = self._number(group)
-        count = self._layout.counts[number]
-        if any(not 0 <= index < count for index in chosen):
-            raise UsageError(f"there are {count} modules", where=group)
-        device = self._layout.weights(self.model)[0].device
-        row = torch.zeros(self._layout.total, dtype=torch.bool, device=device)
-        row[torch.tensor(chosen, dtype=torch.int64, device=device) + sum(self._layout.counts[:number])] = True
-        self._zero(row)
-
-    def marks(self, modules: Tensor) -> dict[str, Tensor]:
-        """Return which weights belong to some modules, by parameter.
-
-        Args:
-            modules: for each module of all groups in a row, whether it counts.
-        """
-        weights = self._layout.weights(self.model)
-        row, whole = modules.to(weights[0].device), Weights(weights.parameters)
-        result = {}
-        for name, weight, lines in zip(
-            self._layout.names, whole, self._layout.spread(row, whole), strict=True
-        ):
-            marked = torch.zeros(weight.shape, dtype=torch.bool, device=weight.device)
-            for line in lines:
-                marked |= line
-            result[name] = marked
-        return result
-
-    @torch.no_grad()
-    def dead(self) -> dict[str, Tensor]:
-        """Return for each group which modules are dead, shape (n,): a decisive part is exactly zero."""
-        return self._by_group(self._dead())
-
-    def _by_group(self, row: Tensor) -> dict[str, Tensor]:
-        parts = self._layout.split(row)
-        return {group.name: part for group, part in zip(self.groups, parts, strict=True)}
-
-    def _dead(self) -> Tensor:
-        weights = self._layout.weights(self.model)
-        return self._decided(self._layout.reduce(weights, "largest") == 0)
-
-    def _decided(self, zero: Tensor) -> Tensor:
-        """Return which modules are dead, shape (total,), given which slots are."""
-        present = self._layout.slot_elements.to(zero.device) > 0
-        dead = []
-        for group, blocks in zip(self.groups, self._layout.blocks, strict=True):
-            found = []
-            for chosen in group.deciding_sets():
-                zeros = torch.stack([zero[blocks[place]] for place in chosen]).all(0)
-                found.append(zeros & torch.stack([present[blocks[place]] for place in chosen]).any(0))
-            dead.append(torch.stack(found).any(0))
-        return torch.cat(dead)
-
-    def _zero(self, modules: Tensor) -> None:
-        weights = self._layout.weights(self.model)
-        for weight, lines in zip(weights, self._layout.spread(modules, weights), strict=True):
-            for line in lines:
-                weight.masked_fill_(line, 0.0)
-
     # what to look at
 
     @torch.no_grad()
@@ -401,25 +228,6 @@ class TorqueRegularizer:
         starts = self._by_group(self._start)
         scores = self.scores().items()
         return {name: row / starts[name].to(row).mean().clamp(min=1e-30) for name, row in scores}
-
-    @torch.no_grad()
-    def statistics(self) -> tuple[GroupStatistics, ...]:
-        """Return counts and norms of each group, in the groups' order."""
-        layout = self._layout
-        squares = layout.by_module(layout.reduce(layout.weights(self.model), "squares"))
-        norms, dead = layout.split(squares.sqrt()), layout.split(self._dead())
-        return tuple(
-            GroupStatistics(
-                group.name,
-                group.kind,
-                total=len(own),
-                dead=int(gone.sum()),
-                min_norm=float(own.min()),
-                max_norm=float(own.max()),
-                mean_norm=float(own.mean()),
-            )
-            for group, own, gone in zip(self.groups, norms, dead, strict=True)
-        )
 
     # checkpoints
 
