@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
 
 from etp_deploy.surgery.analysis import solve
 from etp_deploy.surgery.classes import classes_of
@@ -101,7 +103,12 @@ def couple(analysis: Analysis) -> Coupling:
         coupling, back = _plant(analysis, classes, chosen, start)
         if not back:
             return coupling
-        chosen = [axis for number, axis in enumerate(chosen) if number not in back]
+        # few rounds let a way pass by chance; the axis that was accepted last is the most doubtful
+        others = [number for number in back if len(chosen[number].ways) > 1]
+        if others:
+            chosen[others[-1]].ways.popleft()
+        else:
+            chosen = [axis for number, axis in enumerate(chosen) if number not in back]
 
 
 def _refused(analysis: Analysis, classes: Classes, axes: list[_Axis], start: _Start) -> list[int]:
@@ -191,7 +198,10 @@ def _multiplied(analysis: Analysis, classes: Classes) -> np.ndarray:
 def _ways(
     state: State, classes: Classes, fresh: np.ndarray, *, outermost_first: bool
 ) -> Iterator[np.ndarray]:
-    """Yield ways to group classes into modules: one by one, or by an index of the finest tensor that has them all."""
+    """Yield ways to group classes into modules.
+
+    One by one, by an index of the finest tensor that has them all, or as a shuffle lays them side by side.
+    """
     single = np.full(classes.count, -1)
     single[fresh] = np.arange(fresh.size)
     best: tuple[int, ir.Value] | None = None
@@ -211,6 +221,50 @@ def _ways(
             way[own] = np.unravel_index(np.arange(own.size), shape)[dim]
             ordered.append(way)
     yield from [*ordered, single] if outermost_first else [single, *ordered[::-1]]
+    shuffled = _shuffled(state, classes, fresh)
+    if shuffled is not None:
+        yield shuffled
+
+
+def _shuffled(state: State, classes: Classes, fresh: np.ndarray) -> np.ndarray | None:
+    """Return modules of classes that shuffles tie; None where none of these do, or they tie others as well.
+
+    Where an axis is split into rows, these have to stay of equal length. A class of each row, one column, can go.
+    """
+    inside = np.zeros(classes.count, bool)
+    inside[fresh] = True
+    ties = [np.zeros((2, 0), np.int64)]
+    for value in classes.offsets:
+        grid = classes.of(value).reshape([extent for extent in state.mask(value).shape if extent > 1])
+        if not (_is_split(state, classes, value) and inside[grid].any()):
+            continue
+        if not inside[grid].all():
+            # a column that lies outside as a whole is no matter of these
+            columns = inside[grid].reshape(len(grid), -1)
+            if (columns.any(axis=0) != columns.all(axis=0)).any():
+                return None
+        ties.append(np.stack([grid[:-1].reshape(-1), grid[1:].reshape(-1)]))
+    tail, head = np.concatenate(ties, axis=1)
+    graph = coo_matrix((np.ones(len(tail), bool), (tail, head)), shape=(classes.count, classes.count))
+    _, labels = connected_components(graph, directed=False)
+    found, modules = np.unique(labels[fresh], return_inverse=True)
+    if not 2 <= found.size < fresh.size:
+        return None
+    result = np.full(classes.count, -1)
+    result[fresh] = modules
+    return result
+
+
+def _is_split(state: State, classes: Classes, value: ir.Value) -> bool:
+    """Return whether a node lays a tensor's one axis out as several."""
+    node = value.producer()
+    dims = sum(extent > 1 for extent in state.mask(value).shape)
+    return dims > 1 and any(
+        source in classes.offsets
+        and classes.sizes[source] == classes.sizes[value]
+        and sum(extent > 1 for extent in state.mask(source).shape) == 1
+        for source in (node.inputs if node is not None else ())
+    )
 
 
 # planting
