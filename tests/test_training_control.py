@@ -17,8 +17,10 @@ from etp_deploy.training import (
     Group,
     LatencyCost,
     Part,
+    PlannedCost,
     Recorder,
     Schedule,
+    Scheduled,
     TorqueRegularizer,
     coupled_groups,
     removable_share,
@@ -93,7 +95,7 @@ def test_the_target_is_reached_by_as_little_as_possible(target, plan):
 
 def test_beta_follows_the_course(plan):
     """Nothing dead: beta grows by no more than half an update; all dead at once: the force ends."""
-    costs = iter([1.0, 0.4])
+    costs = iter([0.1, 1.0, 0.4])  # the first is that of what can go
 
     class Given(Cost):
         """Costs from a list."""
@@ -110,6 +112,7 @@ def test_beta_follows_the_course(plan):
     assert controller.base == pytest.approx(1e-9 * math.exp(0.25))
     assert controller.update().done
     assert regularizer.beta == 0.0
+    controller.proximal = False
     assert float(controller.penalty()) == 0.0
 
 
@@ -254,6 +257,57 @@ def test_a_target_out_of_reach_is_refused(plan):
         Controller(regularizer, "params:0.05", updates=3, blueprint=plan[0])
     # one of twelve channels: 9 + 2 + 16 * 9 weights, and 32 + 68 that no kept channel is part of
     assert f"{(9 + 2 + 144 + 32 + 68) / plan[0].total:.3f}" in str(caught.value.hint)
+
+
+def test_a_cost_of_ones_own_is_asked_whether_it_can_reach_the_target(plan):
+    """One that cannot is refused before any training, as the built-in ones are."""
+
+    class Constant(Cost):
+        """Nothing makes it less."""
+
+        def ratio(self, model, zero):
+            """Return the dense cost."""
+            del model, zero
+            return 1.0
+
+    regularizer = TorqueRegularizer(network(), groups=plan[1])
+    with pytest.raises(UsageError, match="out of reach") as caught:
+        Controller(regularizer, "latency:0.5", updates=3, cost=Constant())
+    assert "1.000 of the dense" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("target", "given", "where"),
+    [
+        ("params:0.5", ("blueprint", "exporter"), "exporter"),
+        ("params:0.5", ("blueprint", "example_inputs"), "example_inputs"),
+        ("latency:0.5", ("blueprint", "example_inputs"), "blueprint"),
+        ("params:0.5", ("cost", "exporter"), "cost"),
+        ("params:0.5", ("blueprint", "gain"), "gain"),
+    ],
+)
+def test_options_that_would_not_be_looked_at_are_refused(target, given, where, plan):
+    """Nothing that was asked for is left undone in silence."""
+    options = {"blueprint": plan[0], "exporter": "dynamo", "example_inputs": INPUT, "gain": math.nan}
+    options["cost"] = PlannedCost(plan[0], "params")
+    regularizer = TorqueRegularizer(network(), groups=plan[1])
+    with pytest.raises(UsageError) as caught:
+        Controller(regularizer, target, updates=3, **{name: options[name] for name in given})
+    assert caught.value.where == where
+
+
+def test_an_exporter_beside_a_blueprint_is_refused(plan):
+    """The export was made before."""
+    with pytest.raises(UsageError, match="exporter: the blueprint was exported before"):
+        coupled_groups(network(), None, blueprint=plan[0], exporter="dynamo")
+
+
+@pytest.mark.parametrize("method", ["penalty", "add_gradients"])
+def test_the_force_acts_once(method, plan):
+    """A force that shrinks the weights has no place in the loss or the gradients as well."""
+    force = Scheduled(TorqueRegularizer(network(), groups=plan[1]))
+    with pytest.raises(UsageError, match="would act twice"):
+        getattr(force, method)()
 
 
 def test_schedule():

@@ -48,8 +48,8 @@ class Controller(Scheduled):
         updates: by how many updates the target is to be reached.
         example_inputs: as `etp_deploy.exporting.export` takes them, in place of a blueprint or a cost.
         blueprint: of the network, for parameters and multiply-accumulates.
-        cost: another way to price, such as `LatencyCost` on another provider; whether it can reach the target is not
-            checked beforehand then.
+        cost: another way to price, such as `LatencyCost` on another provider; asked once beforehand whether it can
+            reach the target.
         schedule: of the force over the steps; full strength where None.
         clip: whether what lies below the threshold goes at each "update" or at each "step".
         every: price at every so many updates, and at the last.
@@ -57,10 +57,10 @@ class Controller(Scheduled):
         proximal: whether `step` shrinks the weights; False where the loss holds `penalty()`, or the gradients get
             theirs by `add_gradients()`.
         recorder: told of each update.
-        exporter: "torchscript" or "dynamo".
+        exporter: "torchscript" (where None) or "dynamo"; with `example_inputs` alone.
 
     Raises:
-        UsageError: an option cannot be meant, or the target is out of reach.
+        UsageError: an option cannot be meant or would not be looked at, or the target is out of reach.
         ExportError: the network cannot be exported.
     """
 
@@ -79,32 +79,29 @@ class Controller(Scheduled):
         gain: float = 1.0,
         proximal: bool = True,
         recorder: Recorder | None = None,
-        exporter: str = "torchscript",
+        exporter: str | None = None,
     ) -> None:
         kind, self.target = parse_target(target)
         if updates < 1 or every < 1:
             raise UsageError("updates and every are at least 1", where="controller")
-        if cost is not None and not (blueprint is None and example_inputs is None):
-            raise UsageError(
-                "a cost prices by itself", where="cost", hint="give no blueprint and no example_inputs"
-            )
-        if cost is None and example_inputs is None and (blueprint is None or kind == "latency"):
-            raise UsageError("nothing to price the network with", where=target, hint="give example_inputs")
+        if not (math.isfinite(gain) and gain >= 0):
+            raise UsageError(f"{gain} is neither zero nor positive", where="gain")
+        _check_pricing(kind, target, example_inputs, blueprint, cost, exporter)
         super().__init__(regularizer, schedule, clip=clip, proximal=proximal, recorder=recorder)
         self.updates = updates
         self._every = every
         self._gain = gain
         model = regularizer.model
         if cost is None:
+            exporter = exporter or "torchscript"
             if kind == "latency":
                 cost = LatencyCost(model, example_inputs, exporter=exporter)
             else:
                 blueprint = blueprint or Blueprint(model, example_inputs, exporter=exporter)
                 blueprint.check(model)
                 cost = PlannedCost(blueprint, "params" if kind == "params" else "macs")
-            self._cost: Cost = cost
-            self._check_reach(target)
-        self._cost = cost
+        self._cost: Cost = cost
+        self._check_reach(target)
 
     def _ratio(self, killed: Tensor | None = None) -> float:
         """Return the cost with some modules killed; every process has to ask, and the first one's answer holds."""
@@ -195,3 +192,32 @@ class Controller(Scheduled):
             candidates += [(float(score[i]), start + int(i)) for i in live if best is None or i != best]
             start += len(dead)
         return torch.tensor([place for _, place in sorted(candidates)], dtype=torch.int64)
+
+
+def _check_pricing(  # noqa: PLR0917 - the options as the controller has them
+    kind: str,
+    target: str,
+    example_inputs: Any,
+    blueprint: Blueprint | None,
+    cost: Cost | None,
+    exporter: str | None,
+) -> None:
+    """Refuse what there is too little or too much of to price a network with.
+
+    Raises:
+        UsageError: an option is missing, or would not be looked at.
+    """
+    if cost is not None:
+        if not (blueprint is None and example_inputs is None and exporter is None):
+            hint = "give no blueprint, no example_inputs and no exporter"
+            raise UsageError("a cost prices by itself", where="cost", hint=hint)
+        return
+    if example_inputs is None and (blueprint is None or kind == "latency"):
+        raise UsageError("nothing to price the network with", where=target, hint="give example_inputs")
+    if blueprint is not None and kind == "latency":
+        raise UsageError(
+            "latency is measured, not planned", where="blueprint", hint="give example_inputs alone"
+        )
+    if blueprint is not None and not (example_inputs is None and exporter is None):
+        where = "exporter" if example_inputs is None else "example_inputs"
+        raise UsageError("the blueprint was exported before", where=where, hint="give it to Blueprint")

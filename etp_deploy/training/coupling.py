@@ -27,7 +27,7 @@ def coupled_groups(
     model: nn.Module,
     example_inputs: Any,
     *,
-    exporter: str = "torchscript",
+    exporter: str | None = None,
     dynamic: Sequence[str] = (),
     blueprint: Blueprint | None = None,
 ) -> tuple[Group, ...]:
@@ -43,18 +43,19 @@ def coupled_groups(
     Args:
         model: the network.
         example_inputs: as `etp_deploy.exporting.export` takes them.
-        exporter: "torchscript" or "dynamo".
+        exporter: "torchscript" (where None) or "dynamo".
         dynamic: axes of free size, such as "x.0=batch".
-        blueprint: made before of this network; in place of an export.
+        blueprint: made before of this network; in place of an export, and of all that says how to.
 
     Raises:
         ExportError: the exporter fails.
         UsageError: an option cannot be meant, or the blueprint is of another network.
     """
     if blueprint is None:
-        blueprint = Blueprint(model, example_inputs, exporter=exporter, dynamic=dynamic)
-    elif dynamic:
-        raise UsageError("the blueprint was exported before", where="dynamic", hint="give it to Blueprint")
+        blueprint = Blueprint(model, example_inputs, exporter=exporter or "torchscript", dynamic=dynamic)
+    elif dynamic or exporter is not None:
+        where = "dynamic" if dynamic else "exporter"
+        raise UsageError("the blueprint was exported before", where=where, hint="give it to Blueprint")
     blueprint.check(model)
     coupling = couple(blueprint.analysis())
     words = {int(word): module for module, word in enumerate(coupling.words)}

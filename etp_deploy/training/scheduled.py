@@ -85,17 +85,32 @@ class Scheduled:
         self._recorder = recorder
 
     def penalty(self) -> Tensor:
-        """Return the regulariser's penalty while there is force, zero after; for the loss, with `proximal=False`."""
+        """Return the regulariser's penalty while there is force, zero after; for the loss, with `proximal=False`.
+
+        Raises:
+            UsageError: `step` shrinks the weights, and the force would act twice.
+        """
+        self._check_once("penalty")
         self._set_beta()
         if self.done:
             return torch.zeros((), device=next(self.regularizer.model.parameters()).device)
         return self.regularizer.penalty()
 
     def add_gradients(self, scale: float = 1.0) -> None:
-        """Add the penalty's gradient while there is force, with `proximal=False`; see `TorqueRegularizer`."""
+        """Add the penalty's gradient while there is force, with `proximal=False`; see `TorqueRegularizer`.
+
+        Raises:
+            UsageError: `step` shrinks the weights, and the force would act twice.
+        """
+        self._check_once("add_gradients")
         self._set_beta()
         if not self.done:
             self.regularizer.add_gradients(scale)
+
+    def _check_once(self, where: str) -> None:
+        if self.proximal:
+            hint = "pass proximal=False, or leave it out"
+            raise UsageError("step() shrinks the weights: the force would act twice", where=where, hint=hint)
 
     def _set_beta(self) -> None:
         share = 1.0 if self._schedule is None else self._schedule.share(self._steps)
