@@ -185,15 +185,21 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="where the results go, as JSON")
     parser.add_argument("--repeats", type=int, default=3, help="timed steps of 32 images of each network")
     parser.add_argument("--rounds", type=int, default=7, help="comparisons of each form")
+    parser.add_argument("--networks", nargs="+", default=["vgg", "vit"], choices=["vgg", "vit"])
     options = parser.parse_args()
     torch.set_num_threads(1)
-    net = vgg19()
-    rows = [measure("VGG-19", net, discover(net, exclude=["54"], include_norm=True), 32, options)]
-    vit = ViT()
-    rows.append(measure("ViT-B/16", vit, vit.groups(), 224, options))
+    rows = []
+    if "vgg" in options.networks:
+        net = vgg19()
+        groups = discover(net, exclude=["54"], include_norm=True)
+        rows.append(measure("VGG-19", net, groups, 32, options))
+    if "vit" in options.networks:
+        vit = ViT()
+        rows.append(measure("ViT-B/16", vit, vit.groups(), 224, options))
     document = {
         "schema": "etp-deploy/penalty-cost/2",
-        "command": f"python benchmarks/penalty_cost.py --repeats {options.repeats} --rounds {options.rounds}",
+        "command": f"python benchmarks/penalty_cost.py --repeats {options.repeats} --rounds {options.rounds}"
+        f" --networks {' '.join(options.networks)}",
         "batch": BATCH,
         "threads": 1,
         "clock": "processor time of the process",

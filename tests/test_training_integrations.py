@@ -27,12 +27,17 @@ def plan():
     return two_processes.plan()
 
 
-@pytest.fixture(scope="module")
-def data():
+def samples():
     """Bright noise and dark: 8 batches, 4 steps an epoch."""
     torch.manual_seed(0)
     wanted = torch.arange(8 * BATCH) % 2 * 2.0 - 1
     return TensorDataset(torch.randn(8 * BATCH, 1, 6, 6) + 3 * wanted.reshape(-1, 1, 1, 1), wanted)
+
+
+@pytest.fixture(scope="module")
+def data():
+    """The samples, made once."""
+    return samples()
 
 
 def controller(model, plan, *, proximal=True):
@@ -53,30 +58,35 @@ def loss_of(model, images, wanted):
     return nn.functional.mse_loss(model(images)[:, 0].float(), wanted)
 
 
+def by_hand(plan, data, *, autocast, proximal):
+    """What a loop by hand ends in."""
+    model = two_processes.network()
+    force, (optimizer, scheduler) = controller(model, plan, proximal=proximal), optimizers(model)
+    for _ in range(EPOCHS):
+        for number, (images, wanted) in enumerate(DataLoader(data, BATCH)):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                loss = loss_of(model, images, wanted)
+            (loss / ACCUMULATED).backward()
+            if number % ACCUMULATED < ACCUMULATED - 1:
+                continue
+            if not proximal:
+                force.add_gradients()
+            optimizer.step()
+            force.step(optimizer.param_groups[0]["lr"])
+            scheduler.step()
+            optimizer.zero_grad()
+        force.update()
+    return model, force
+
+
 @pytest.fixture(scope="module")
 def plain(plan, data):
-    """What a loop by hand ends in, by precision and way to apply the force."""
-
-    def train(autocast, proximal):
-        model = two_processes.network()
-        force, (optimizer, scheduler) = controller(model, plan, proximal=proximal), optimizers(model)
-        for _ in range(EPOCHS):
-            for number, (images, wanted) in enumerate(DataLoader(data, BATCH)):
-                with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                    loss = loss_of(model, images, wanted)
-                (loss / ACCUMULATED).backward()
-                if number % ACCUMULATED < ACCUMULATED - 1:
-                    continue
-                if not proximal:
-                    force.add_gradients()
-                optimizer.step()
-                force.step(optimizer.param_groups[0]["lr"])
-                scheduler.step()
-                optimizer.zero_grad()
-            force.update()
-        return model, force
-
-    return {key: train(*key) for key in ((False, True), (True, True), (False, False))}
+    """The same, by precision and way to apply the force."""
+    ways = ((False, True), (True, True), (False, False))
+    return {
+        (autocast, proximal): by_hand(plan, data, autocast=autocast, proximal=proximal)
+        for autocast, proximal in ways
+    }
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +137,7 @@ def module_of(lightning, *, count=1):
     return Module()
 
 
-def fit(module, callback, data, epochs, place, *, precision="32-true", resume=None):
+def fit(module, callback, data, epochs, place, *, precision="32-true", resume=None, loader=None, **options):
     """Train with Lightning."""
     from lightning.pytorch import Trainer  # noqa: PLC0415 - as above
     from lightning.pytorch.loggers import CSVLogger  # noqa: PLC0415 - as above
@@ -143,8 +153,9 @@ def fit(module, callback, data, epochs, place, *, precision="32-true", resume=No
         enable_progress_bar=False,
         enable_model_summary=False,
         enable_checkpointing=False,
+        **options,
     )
-    trainer.fit(module, DataLoader(data, BATCH), ckpt_path=resume, weights_only=resume is not None)
+    trainer.fit(module, loader or DataLoader(data, BATCH), ckpt_path=resume, weights_only=resume is not None)
     return trainer
 
 
@@ -222,7 +233,7 @@ class Wanted(nn.Module):
         return {"loss": loss_of(self.network, images, labels), "logits": labels}
 
 
-def trainer_of(data, place, epochs, **options):
+def trainer_of(data, place, epochs, *, batch=BATCH, **options):
     """A Trainer that draws its batches in order."""
     from transformers import Trainer, TrainingArguments  # noqa: PLC0415 - takes seconds
 
@@ -235,15 +246,14 @@ def trainer_of(data, place, epochs, **options):
     arguments = TrainingArguments(
         str(place),
         num_train_epochs=epochs,
-        per_device_train_batch_size=BATCH,
+        per_device_train_batch_size=batch,
         gradient_accumulation_steps=ACCUMULATED,
         max_grad_norm=0.0,
-        save_strategy="epoch",
+        **{"save_strategy": "epoch", **options},
         logging_strategy="no",
         report_to="none",
         use_cpu=True,
         disable_tqdm=True,
-        **options,
     )
     rows = [{"images": images, "labels": wanted} for images, wanted in data]
     return InOrder(model, arguments, train_dataset=rows, optimizers=optimizers(model))
