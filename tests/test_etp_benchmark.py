@@ -213,7 +213,7 @@ def test_the_order_makes_the_table_useful_early():
 
 def test_all_methods_have_as_much_to_choose_from():
     """None is tuned more than the others."""
-    assert {len(set(method.choices)) for method in METHODS.values()} == {4}
+    assert {len(set(method.choices)) for method in METHODS.values()} == {6}
 
 
 @pytest.mark.parametrize("name", ["etp", "linear", "etp-index", "lasso"])
@@ -225,8 +225,8 @@ def test_strength_one_is_what_the_first_module_that_has_to_go_needs(name, speedu
     for parameter in network.parameters():
         torch.nn.init.constant_(parameter, 1.0)  # all modules of a unit are of its average size
     example = (torch.randn(1, 1, 8, 8),)
-    choice = METHODS[name].choices[2]
-    assert choice.strength == (0.3 if name == "etp" else 1)
+    choice = METHODS[name].choices[-1]
+    assert choice.steepness == ("kept" if name == "etp" else "")
     setting = methods.Setting(
         network, network.units(), example, methods.Choice(1.0, choice.steepness), 0.5, speedup
     )

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from etp_deploy.training import TorqueRegularizer
 
 #: What every method chooses from, on the validation examples; ETP from half of them, with two steepnesses.
-STRENGTHS = (0.1, 0.3, 1.0, 3.0)
+STRENGTHS = (0.1, 0.3, 0.5, 1.0, 2.0, 3.0)
 
 
 class OutOfReachError(Exception):
@@ -287,7 +287,7 @@ METHODS = {
             "ETP, ordered by norm",
             _pulling("etp", norm="l2", pivot="ordered"),
             aims=True,
-            choices=tuple(Choice(one, kind) for kind in ("paper", "kept") for one in STRENGTHS[1:3]),
+            choices=tuple(Choice(one, kind) for kind in ("paper", "kept") for one in STRENGTHS[1:4]),
         ),
         Method(
             "linear",

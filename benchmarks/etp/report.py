@@ -146,7 +146,7 @@ Made by `benchmarks/etp/report.py` from what `benchmarks/etp/run.py` has finishe
 All methods get the same: the same dense start for a seed, as many epochs with their force, the same ranking rule
 (each module's norm as a share of its group's mean; network slimming and DepGraph use their own), removal of the lowest
 until the MACs are met, as many epochs of fine-tuning, and {len(STRENGTHS)} settings to choose from: the strengths
-{grid}, or for ETP two strengths ({halves}) with two steepnesses, the paper's 5 and the 2.5/keep that the
+{grid}, or for ETP three strengths ({halves}) with two steepnesses, the paper's 5 and the 2.5/keep that the
 speed-up asks for ("kept"). Strength 1 brings a module of average size, the first that has to go, to zero where no
 gradient defends it. The setting is chosen for each method and speed-up on validation examples with seed 0, "(end)"
 where it is the least or the most of the strengths; test examples are looked at once. The forces are proximal steps
