@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,8 @@ from pruning import choose, compacted, expanded, macs
 from tasks import CLASSES, TASKS, Recipe, Task
 
 from etp_deploy.training import coupled_groups
+
+METHODS = dict(methods.METHODS)
 
 
 def images(count, seed):
@@ -51,8 +54,12 @@ def finished(tmp_path_factory):
     """One task with two methods, run to its end without timing."""
     folder = tmp_path_factory.mktemp("etp")
     results = run.Results(folder / "tiny.jsonl")
-    run.Experiment(TINY, results, folder / "runs", bench_seconds=0).run(["etp"], 0)
-    return folder
+    # too weak to bring anything to zero, so that what goes is what the ranking takes
+    weak = replace(methods.METHODS["etp"], choices=(methods.Choice(0.1), methods.Choice(0.1, "kept")))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(methods.METHODS, "etp", weak)
+        run.Experiment(TINY, results, folder / "runs", bench_seconds=0).run(["etp"], 0)
+        yield folder
 
 
 def test_a_cell_end_to_end(finished):
@@ -66,7 +73,7 @@ def test_a_cell_end_to_end(finished):
     assert found["onnx"]["macs"]["compressed"] == found["macs"]["pruned"]
     assert found["onnx"]["macs"]["exported"] == found["macs"]["dense"] == cells["dense"]["macs"]["pruned"]
     assert found["equality"]["equal"] == found["equality"]["examples"] == 80
-    assert found["strength"] in methods.STRENGTHS
+    assert (found["strength"], found["steepness"]) in {(0.1, ""), (0.1, "kept")}
 
 
 def test_what_is_finished_is_not_run_again(finished, monkeypatch):
@@ -202,3 +209,33 @@ def test_the_order_makes_the_table_useful_early():
     assert order[: len(TASKS)] == [(name, 0) for name in TASKS]
     assert ("vision-vgg", 2) in order
     assert ("language-bert", 1) not in order
+
+
+def test_all_methods_have_as_much_to_choose_from():
+    """None is tuned more than the others."""
+    assert {len(set(method.choices)) for method in METHODS.values()} == {6}
+
+
+@pytest.mark.parametrize("name", ["etp", "linear", "etp-index", "lasso"])
+@pytest.mark.parametrize("speedup", [4.0, 9.0])
+def test_strength_one_is_what_the_first_module_that_has_to_go_needs(name, speedup):
+    """Without gradients, the module at the edge of the kept share is zero after all pulls, and no nearer one is."""
+    torch.manual_seed(0)
+    network = models.Vgg(16, (1, 1))
+    for parameter in network.parameters():
+        torch.nn.init.constant_(parameter, 1.0)  # all modules of a unit are of its average size
+    example = (torch.randn(1, 1, 8, 8),)
+    choice = METHODS[name].choices[-1]
+    assert choice.steepness == ("kept" if name == "etp" else "")
+    setting = methods.Setting(
+        network, network.units(), example, methods.Choice(1.0, choice.steepness), 0.5, speedup
+    )
+    force = METHODS[name].force(setting)
+    for _ in range(100):
+        force.pull(0.5 / 100 * 1.001)
+    for unit in network.units():
+        dead = force.regularizers[unit.group.name].scores()[unit.group.name] == 0
+        count = len(dead)
+        staying = max(unit.least(network), round(setting.share * count))
+        wanted = count if name == "lasso" else count - staying
+        assert int(dead.sum()) == wanted

@@ -1,8 +1,10 @@
 """The methods under test: what pulls on the weights during the forced epochs, and what is ranked by afterwards.
 
-All work alike but for the pull. The strength is a number without unit: with 1, a module of average size on which
-an average pull acts, and which no gradient defends, just reaches zero by the end of the forced epochs. So the
-same few strengths are offered to every method. All pulls are applied outside the optimiser.
+All work alike but for the pull. The strength is a number without unit: with 1, a module of average size that no
+gradient defends just reaches zero by the end of the forced epochs, if it is the first that has to go. Which that is
+depends on the speed-up where the pull depends on the distance from a pivot, so the torques are trained with for each
+speed-up; the pull of the others is the same for all. So the same few strengths are offered to every method. All pulls
+are applied outside the optimiser.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import data
 import torch
-from pruning import choose, compacted, macs
+from pruning import FLOOR, choose, compacted, macs, uniform_share
 
 from etp_deploy.errors import UsageError
 from etp_deploy.training.regularizers import make
@@ -27,12 +29,31 @@ if TYPE_CHECKING:
 
     from etp_deploy.training import TorqueRegularizer
 
-#: What every method chooses from, on the validation examples.
-STRENGTHS = (0.1, 0.5, 2.0, 8.0)
+#: What every method chooses from, on the validation examples; ETP from half of them, with two steepnesses.
+STRENGTHS = (0.1, 0.3, 0.5, 1.0, 2.0, 3.0)
 
 
 class OutOfReachError(Exception):
     """A method cannot reach the wanted speed-up, or does not know the network."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What is chosen for a method on the validation examples.
+
+    Args:
+        strength: see this module's text.
+        steepness: of ETP's force: "paper" for the paper's, "kept" for the one that the kept share asks for; empty
+            where the method has none, or no other than the paper's.
+    """
+
+    strength: float
+    steepness: str = ""
+
+    @property
+    def name(self) -> str:
+        """The choice in a file's name."""
+        return f"{self.strength:g}{self.steepness}"
 
 
 @dataclass(frozen=True)
@@ -43,15 +64,23 @@ class Setting:
         network: trained densely; the force works on this very object.
         units: what can be pruned from it.
         example: one sample.
-        strength: see this module's text.
+        choice: how strong it is.
         pulls: sum of the learning rates of all forced steps.
+        speedup: what the network is to be pruned to.
     """
 
     network: nn.Module
     units: Sequence[Unit]
     example: tuple[Tensor, ...]
-    strength: float
+    choice: Choice
     pulls: float
+    speedup: float
+
+    @property
+    def share(self) -> float:
+        """The share of each unit that stays where all units lose the same."""
+        share = uniform_share(self.network, self.units, self.example, self.speedup)
+        return max(share, FLOOR)
 
 
 class Force(Protocol):
@@ -61,7 +90,7 @@ class Force(Protocol):
         """Act on the weights after an optimiser's step."""
         ...
 
-    def pruned(self, speedup: float) -> tuple[nn.Module, dict[str, Tensor] | None]:
+    def pruned(self) -> tuple[nn.Module, dict[str, Tensor] | None]:
         """Return the small network, and which modules of each unit it kept; None where it has its own groups."""
         ...
 
@@ -78,10 +107,13 @@ class Pulling:
     def __init__(self, setting: Setting, method: str, options: Mapping[str, Any]) -> None:
         self.setting = setting
         self.method = method
+        self.share = setting.share
         self.regularizers = {unit.group.name: self._regularizer(unit, options) for unit in setting.units}
 
     def _regularizer(self, unit: Unit, options: Mapping[str, Any]) -> TorqueRegularizer:
         group, setting = unit.group, self.setting
+        if setting.choice.steepness == "kept":
+            options = {**options, "keep": self.share}
         try:
             regularizer = make(self.method, setting.network, groups=(group,), **options)
         except UsageError as error:
@@ -91,8 +123,10 @@ class Pulling:
         size = float(regularizer.scores()[group.name].square().mean()) / (
             elements / unit.count(setting.network)
         )
-        mean_force = float(regularizer.forces(group.name).mean())
-        regularizer.beta = setting.strength * size**0.5 / (setting.pulls * mean_force)
+        forces = regularizer.forces(group.name).sort().values
+        staying = max(unit.least(setting.network), round(self.share * len(forces)))
+        edge = float(forces[min(staying, len(forces) - 1)])
+        regularizer.beta = setting.choice.strength * size**0.5 / (setting.pulls * edge)
         return regularizer
 
     def pull(self, rate: float) -> None:
@@ -113,11 +147,11 @@ class Pulling:
             found[name] = torch.where(norms > 0, share, -force / force.max())
         return found
 
-    def pruned(self, speedup: float) -> tuple[nn.Module, dict[str, Tensor] | None]:
+    def pruned(self) -> tuple[nn.Module, dict[str, Tensor] | None]:
         """Remove the modules of the lowest scores."""
         setting = self.setting
         try:
-            keep = choose(setting.network, setting.units, self.scores(), setting.example, speedup)
+            keep = choose(setting.network, setting.units, self.scores(), setting.example, setting.speedup)
         except ValueError as error:
             raise OutOfReachError(str(error)) from error
         return compacted(setting.network, setting.units, keep), keep
@@ -187,14 +221,15 @@ class DepGraph:
             parameter.grad.zero_()
         self.pruner.regularize(network)
         for parameter in parameters:
-            share = rate * self.setting.strength / self.setting.pulls
+            share = rate * self.setting.choice.strength / self.setting.pulls
             parameter.sub_(share * parameter.grad)
 
-    def pruned(self, speedup: float) -> tuple[nn.Module, dict[str, Tensor] | None]:
+    def pruned(self) -> tuple[nn.Module, dict[str, Tensor] | None]:
         """Raise the share of channels and heads until the MACs are met, coarsely and then finely.
 
         Halving the interval would not do: near its most the pruner spares whole layers.
         """
+        speedup = self.setting.speedup
         wanted = macs(self.setting.network, self.setting.example) / speedup
         coarse, fine = self.shares
         shares = (place / coarse for place in range(1, coarse))
@@ -229,11 +264,15 @@ class Method:
         name: as in the results.
         title: for readers.
         force: puts it to work.
+        aims: whether its pull depends on the speed-up.
+        choices: what is tried on the validation examples: as many for all.
     """
 
     name: str
     title: str
     force: Callable[[Setting], Force]
+    aims: bool = False
+    choices: tuple[Choice, ...] = tuple(Choice(strength) for strength in STRENGTHS)
 
 
 def _pulling(method: str, **options: Any) -> Callable[[Setting], Force]:
@@ -243,15 +282,24 @@ def _pulling(method: str, **options: Any) -> Callable[[Setting], Force]:
 METHODS = {
     method.name: method
     for method in (
-        Method("etp", "ETP, ordered by norm", _pulling("etp", norm="l2", pivot="ordered")),
         Method(
-            "linear", "linear torque, ordered by norm", _pulling("linear_torque", norm="l2", pivot="ordered")
+            "etp",
+            "ETP, ordered by norm",
+            _pulling("etp", norm="l2", pivot="ordered"),
+            aims=True,
+            choices=tuple(Choice(one, kind) for kind in ("paper", "kept") for one in STRENGTHS[1:4]),
+        ),
+        Method(
+            "linear",
+            "linear torque, ordered by norm",
+            _pulling("linear_torque", norm="l2", pivot="ordered"),
+            aims=True,
         ),
         Method("lasso", "group lasso", _pulling("group_lasso")),
         Method("l1", "L1", _pulling("l1")),
         Method("slimming", "network slimming", _pulling("slimming")),
         Method("depgraph", "DepGraph", DepGraph),
-        Method("etp-index", "ETP, by index", _pulling("etp", norm="l2")),
-        Method("linear-index", "linear torque, by index", _pulling("linear_torque", norm="l2")),
+        Method("etp-index", "ETP, by index", _pulling("etp", norm="l2"), aims=True),
+        Method("linear-index", "linear torque, by index", _pulling("linear_torque", norm="l2"), aims=True),
     )
 }

@@ -160,3 +160,30 @@ def choose(
         else:
             low = middle + 1
     return keep_after(high)
+
+
+def uniform_share(
+    model: nn.Module, units: Sequence[Unit], example: tuple[Tensor, ...], speedup: float
+) -> float:
+    """Return the largest share of its modules that every unit can keep at a speed-up, to 1/64.
+
+    Args:
+        model: at full size.
+        units: all units.
+        example: one sample.
+        speedup: dense MACs over what may be left.
+    """
+    wanted = macs(model, example) / speedup
+
+    def left(share: float) -> int:
+        keep = {}
+        for unit in units:
+            count = unit.count(model)
+            keep[unit.group.name] = torch.arange(count) < max(unit.least(model), round(share * count))
+        return macs(compacted(model, units, keep), example)
+
+    low, high = 0, 64
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if left(middle / 64) <= wanted else (low, middle)
+    return low / 64

@@ -69,6 +69,7 @@ def _row(method: str, speedup: float, cells: Sequence[Document]) -> Document:
         "mean": statistics.fmean(values),
         "spread": statistics.stdev(values) if len(values) > 1 else None,
         "strength": done[0]["strength"],
+        "steepness": done[0]["steepness"],
         "macs_ratio": _mean(cell["macs"]["ratio"] for cell in done),
         "compressed_macs_ratio": _mean(
             cell["macs"]["dense"] / cell["onnx"]["macs"]["compressed"] for cell in done
@@ -137,19 +138,21 @@ def markdown(summaries: Sequence[Document], machine: Document) -> str:
 
 def _protocol(machine: Document) -> list[str]:
     grid = ", ".join(f"{strength:g}" for strength in STRENGTHS)
+    halves = ", ".join(f"{one:g}" for one in sorted({choice.strength for choice in METHODS[OURS].choices}))
     versions = ", ".join(f"{name} {version}" for name, version in machine.get("versions", {}).items())
     text = f"""\
 Made by `benchmarks/etp/report.py` from what `benchmarks/etp/run.py` has finished.
 
 All methods get the same: the same dense start for a seed, as many epochs with their force, the same ranking rule
 (each module's norm as a share of its group's mean; network slimming and DepGraph use their own), removal of the lowest
-until the MACs are met, as many epochs of fine-tuning, and the same {len(STRENGTHS)} strengths to choose from ({grid}:
-1 brings a module of average size to zero where no gradient defends it). The strength is chosen for each method and
-speed-up on validation examples with seed 0, "(end)" where it is the least or the most; test examples are looked at
-once. The forces are proximal steps outside
-Adam, for all. The dense network is trained on for as long as the others. ETP and linear torque come in two variants:
-distance counted in the order of the norms at the start, and by index as published. DepGraph is torch-pruning 1.6.1's
-GroupNormPruner with its own groups.
+until the MACs are met, as many epochs of fine-tuning, and {len(STRENGTHS)} settings to choose from: the strengths
+{grid}, or for ETP three strengths ({halves}) with two steepnesses, the paper's 5 and the 2.5/keep that the
+speed-up asks for ("kept"). Strength 1 brings a module of average size, the first that has to go, to zero where no
+gradient defends it. The setting is chosen for each method and speed-up on validation examples with seed 0, "(end)"
+where it is the least or the most of the strengths; test examples are looked at once. The forces are proximal steps
+outside Adam, for all. The dense network is trained on for as long as the others. ETP and linear torque come in two
+variants: distance counted in the order of the norms at the start, and by index as published. DepGraph is
+torch-pruning 1.6.1's GroupNormPruner with its own groups.
 
 "Equal" counts test examples to which the compressed ONNX file gives the same answer as the full-size PyTorch network
 with its zeros (classes or label sets; forecasts within 1e-4 of the largest value). Latency is the compressed file's
@@ -220,7 +223,7 @@ def _value(found: Document, value: float) -> str:
 def _table(found: Document) -> list[str]:
     metric = f"{found['metric']}, %" if found["higher_is_better"] else found["metric"]
     lines = [
-        f"| speed-up | method | {metric} | spread | seeds | MACs | parameters | latency | memory | equal | strength |",
+        f"| speed-up | method | {metric} | spread | seeds | MACs | parameters | latency | memory | equal | setting |",
         "|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in found["rows"]:
@@ -244,11 +247,12 @@ def _table(found: Document) -> list[str]:
 
 
 def _strength(row: Document) -> str:
-    """Return the strength that was chosen, marked where it lies at an end of what there was to choose from."""
+    """Return the setting that was chosen, marked where it lies at an end of the strengths to choose from."""
     if row["method"] == "dense":
         return ""
     ends = {min(STRENGTHS), max(STRENGTHS)}
-    return f"{row['strength']:g}{' (end)' if row['strength'] in ends else ''}"
+    parts = (f"{row['strength']:g}", row["steepness"], "(end)" if row["strength"] in ends else "")
+    return " ".join(part for part in parts if part)
 
 
 def _memory_ratio(timing: Document) -> float:

@@ -26,7 +26,7 @@ import data
 import measure
 import torch
 import training
-from methods import METHODS, STRENGTHS, OutOfReachError, Setting
+from methods import METHODS, Choice, OutOfReachError, Setting
 from pruning import expanded, macs
 from tasks import TASKS, Task
 
@@ -41,7 +41,7 @@ RUNS = data.CACHE / "runs"
 #: What is run first; the others follow once all tasks have these.
 FIRST = tuple(name for name in METHODS if not name.endswith("-index"))
 #: What makes a cell: two lines that agree in these are the same cell.
-KEY = ("record", "task", "method", "strength", "speedup", "seed")
+KEY = ("record", "task", "method", "strength", "steepness", "speedup", "seed")
 Document = dict[str, Any]
 
 
@@ -111,20 +111,20 @@ class Experiment:
         self._cell("dense", 1.0, seed)
         for method in methods:
             if seed == 0:
-                for strength in STRENGTHS:
+                for choice in METHODS[method].choices:
                     for speedup in self.task.speedups:
-                        self._tuning(method, strength, speedup)
+                        self._tuning(method, choice, speedup)
             for speedup in self.task.speedups:
                 self._cell(method, speedup, seed)
 
-    def _tuning(self, method: str, strength: float, speedup: float) -> None:
-        """Record how a strength does on the validation examples, with seed 0."""
-        key = self._key("tuning", method, strength, speedup, 0)
+    def _tuning(self, method: str, choice: Choice, speedup: float) -> None:
+        """Record how a choice does on the validation examples, with seed 0."""
+        key = self._key("tuning", method, choice, speedup, 0)
         if self.results.find(**key) is not None:
             return
         started = time.perf_counter()
         try:
-            small, _ = self._tuned(method, strength, speedup, 0)
+            small, _ = self._tuned(method, choice, speedup, 0)
         except OutOfReachError as error:
             found: Document = {"failed": str(error)}
         else:
@@ -132,24 +132,25 @@ class Experiment:
         self._tell(self.results.add({**key, **found, "seconds": round(time.perf_counter() - started, 1)}))
 
     def _cell(self, method: str, speedup: float, seed: int) -> None:
-        """Measure a method's network on the test examples, at the strength that validation chose."""
-        strength = 0.0 if method == "dense" else self._chosen(method, speedup)
-        key = self._key("cell", method, strength, speedup, seed)
+        """Measure a method's network on the test examples, with what validation chose."""
+        choice = Choice(0.0) if method == "dense" else self._chosen(method, speedup)
+        key = self._key("cell", method, choice, speedup, seed)
         if self.results.find(**key) is not None:
             return
         started = time.perf_counter()
-        if strength is None:
+        if choice is None:
             found: Document = {"failed": self._why(method, speedup)}
         else:
             try:
-                found = self._measured(method, strength, speedup, seed)
+                found = self._measured(method, choice, speedup, seed)
             except OutOfReachError as error:
                 found = {"failed": str(error)}
         seconds = round(time.perf_counter() - started, 1)
         self._tell(self.results.add({**key, **found, "seconds": seconds, "machine": machine()}))
 
-    def _key(self, record: str, method: str, strength: float | None, speedup: float, seed: int) -> Document:
-        return dict(zip(KEY, (record, self.task.name, method, strength, speedup, seed), strict=True))
+    def _key(self, record: str, method: str, choice: Choice | None, speedup: float, seed: int) -> Document:
+        chosen = (None, None) if choice is None else (choice.strength, choice.steepness)
+        return dict(zip(KEY, (record, self.task.name, method, *chosen, speedup, seed), strict=True))
 
     def _tell(self, record: Document) -> None:
         shown = {
@@ -165,18 +166,18 @@ class Experiment:
             r for r in self.results.records if all(r.get(name) == value for name, value in wanted.items())
         ]
 
-    def _chosen(self, method: str, speedup: float) -> float | None:
-        """Return the strength that did best on the validation examples; None where none worked."""
+    def _chosen(self, method: str, speedup: float) -> Choice | None:
+        """Return what did best on the validation examples; None where nothing worked."""
         sign = 1 if self.task.kind.higher else -1
         scores = [
-            (sign * r["validation"], r["strength"])
+            (sign * r["validation"], r["strength"], r["steepness"])
             for r in self._tunings(method, speedup)
             if "validation" in r
         ]
-        return max(scores)[1] if scores else None
+        return Choice(*max(scores)[1:]) if scores else None
 
     def _why(self, method: str, speedup: float) -> str:
-        return next((r["failed"] for r in self._tunings(method, speedup)), "no strength was tried")
+        return next((r["failed"] for r in self._tunings(method, speedup)), "nothing was tried")
 
     def _score(self, network: nn.Module, split: data.Split) -> float:
         return self.task.kind.score(training.outputs(network, split), split.targets)
@@ -214,14 +215,16 @@ class Experiment:
             torch.save(network.state_dict(), path)
         return network.eval()
 
-    def _forced(self, method: str, strength: float, seed: int) -> tuple[nn.Module, Force]:
+    def _forced(self, method: str, choice: Choice, speedup: float, seed: int) -> tuple[nn.Module, Force]:
         """Return the network after the epochs with a force, and the force."""
         recipe = self.task.recipe
         network = self._start(seed)
         shares = training.shares(recipe.force, len(self.data.train), recipe.batch)
         pulls = recipe.rate * recipe.again * sum(shares)
-        force = METHODS[method].force(Setting(network, network.units(), self.example(), strength, pulls))
-        path = self._kept(f"{method}.{strength:g}.{seed}")
+        setting = Setting(network, network.units(), self.example(), choice, pulls, speedup)
+        force = METHODS[method].force(setting)
+        aim = f".{speedup:g}x" if METHODS[method].aims else ""
+        path = self._kept(f"forced.{method}.{choice.name}{aim}.{seed}")
         if path.exists():
             network.load_state_dict(torch.load(path))
         else:
@@ -230,15 +233,15 @@ class Experiment:
         return network, force
 
     def _tuned(
-        self, method: str, strength: float, speedup: float, seed: int
+        self, method: str, choice: Choice, speedup: float, seed: int
     ) -> tuple[nn.Module, Mapping[str, Tensor] | None]:
         """Return the pruned network after fine-tuning, and what it kept."""
-        path = self._kept(f"{method}.{strength:g}.{speedup:g}x.{seed}")
+        path = self._kept(f"tuned.{method}.{choice.name}.{speedup:g}x.{seed}")
         if path.exists():
             small, keep = torch.load(path, weights_only=False)  # this harness's own file
             return small.eval(), keep
-        _, force = self._forced(method, strength, seed)
-        small, keep = force.pruned(speedup)
+        _, force = self._forced(method, choice, speedup, seed)
+        small, keep = force.pruned()
         self._train(small, self.task.recipe.tune, seed + 2000, self.task.recipe.again)
         torch.save((small, keep), path)
         return small.eval(), keep
@@ -258,14 +261,14 @@ class Experiment:
 
     # measuring
 
-    def _measured(self, method: str, strength: float, speedup: float, seed: int) -> Document:
+    def _measured(self, method: str, choice: Choice, speedup: float, seed: int) -> Document:
         """Train a network and measure it, in PyTorch and as a compressed file."""
         started = time.perf_counter()
         start = self._start(seed)
         if method == "dense":
             small = full = self._dense(seed)
         else:
-            small, keep = self._tuned(method, strength, speedup, seed)
+            small, keep = self._tuned(method, choice, speedup, seed)
             # back to full size: what training with a dead set leaves, and what the surgery has to shrink
             full = small if keep is None else expanded(small, start, start.units(), keep)
         trained = time.perf_counter()

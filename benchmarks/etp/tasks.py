@@ -126,7 +126,7 @@ def _minilm(loaded: data.Data) -> nn.Module:
     return network
 
 
-_FASHION = partial(data.fashion, 2400, 600, 2000)
+_FASHION = partial(data.fashion, 2400, 1600, 2000)
 
 TASKS = {
     task.name: task
@@ -167,12 +167,13 @@ TASKS = {
             "Informer, Beijing PM2.5 and weather",
             SERIES,
             partial(data.beijing, 1600, 400, 800, known=48, horizon=24),
-            lambda _: models.Informer(),
+            lambda _: models.Informer(hidden=512),
             Recipe(rate=1e-3, batch=32, dense=6, force=3, tune=3),
             seeds=3,
-            reduced="width 64, 2 encoder layers and 1 decoder layer; 1,600 training windows of 48 hours, 24 ahead; "
-            "9x is out of reach while the width of the LayerNorms, which the distilling convolution reads, stays",
-            speedups=(4.0, 6.0, 9.0),
+            reduced="width 64, 512 neurons, 2 encoder layers and 1 decoder layer; 1,600 training windows of 48 hours, "
+            "24 ahead; no more than 7.6x can be had without the width of the LayerNorms, which the distilling "
+            "convolution reads, so 6x stands for 9x",
+            speedups=(4.0, 6.0),
         ),
         Task(
             "vision-resnet",
