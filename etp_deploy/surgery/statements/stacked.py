@@ -233,6 +233,7 @@ class Stacked(Statement):
         """An output is known if every input that it reads is."""
         if not self.active:
             return
+        self._held = None
         known, value = self._known(state)
         held = ~self._reads.outputs(~known)
         if held.any():
@@ -247,6 +248,11 @@ class Stacked(Statement):
             )
 
     # masks
+
+    def rewind(self, *, read: bool = True) -> None:
+        """Forget the constants held."""
+        del read
+        self._held = None
 
     def spread(self, state: State) -> None:
         """A kept output keeps each input that it reads and that is not a known constant."""
