@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -259,7 +260,7 @@ def explain(
     options = _Options(align, planned_for(target), zero_below, merge_duplicates, partial_residuals)
     found = _analyse(_read(source, options), options)
     analysis = found.analysis
-    if tensor not in _named(analysis):  # it may be gone by the last round
+    if not _has_channels(analysis, tensor, axis):  # they may be gone by the last round
         analysis = _removal(found.model, options, multiple_fill(options.multiple))[2]
     value = _find(analysis, tensor, source)
     structure = analysis.state.structure(value)
@@ -278,15 +279,33 @@ def explain(
     mask = analysis.state.mask(value)
     others = tuple(dim for dim in range(mask.ndim) if dim not in dims)
     kept = mask.any(axis=others).reshape(-1)
-    return Explanation(
-        tensor, chosen, int(kept.size), int(kept.sum()), tuple(_reasons(analysis, value, dims, kept))
-    )
+    lines = _reasons(analysis, value, dims, kept)
+    stay = int(kept.sum())
+    if analysis is not found.analysis and len(dims) == 1:
+        later = stay - min(stay, _size(found.analysis, tensor, chosen))
+        lines += [f"{later} of these go in a later round, when the others are gone"] * bool(later)
+        stay -= later
+    return Explanation(tensor, chosen, int(kept.size), stay, tuple(lines))
 
 
 def _named(analysis: Analysis) -> dict[str | None, ir.Value]:
     return {
         value.name: value for node in analysis.statements for value in (*node.inputs, *node.outputs) if value
     }
+
+
+def _has_channels(analysis: Analysis, tensor: str, axis: int | None) -> bool:
+    value = _named(analysis).get(tensor)
+    structure = (None if value is None else analysis.state.structure(value)) or ()
+    wanted = range(len(structure)) if axis is None else [axis % len(structure)] if structure else []
+    return any(has_labels(structure[index]) for index in wanted)
+
+
+def _size(analysis: Analysis, tensor: str, axis: int) -> int:
+    """Return how long an axis of a tensor is; without a limit where that is not known."""
+    value = _named(analysis).get(tensor)
+    size = None if value is None or value.shape is None else value.shape[axis]
+    return size if isinstance(size, int) else sys.maxsize
 
 
 def _find(analysis: Analysis, tensor: str, source: Path | str) -> ir.Value:

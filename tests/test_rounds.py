@@ -69,7 +69,9 @@ def test_inspect_and_compress_count_all_rounds(tmp_path):
     assert not any(again.removed.values())
     rows = {row.name: (row.total, row.constant, row.unread, row.kept, row.kept_dead) for row in shown.layers}
     assert (rows["h"], rows["rows"]) == ((8, 8, 0, 1, 1), (4, 0, 3, 1, 0))
-    assert explain(path, "held", align="off").kept == 1
+    told = [explain(path, *place, align="off") for place in (("held", 2), ("rows",), ("mixed",))]
+    assert [(item.total, item.kept) for item in told] == [(8, 1), (4, 1), (4, 4)]
+    assert told[1].lines[-1] == "3 of these go in a later round, when the others are gone"
 
 
 @pytest.mark.usefixtures("one_round")
