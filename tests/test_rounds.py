@@ -68,7 +68,7 @@ def test_inspect_and_compress_count_all_rounds(tmp_path):
     assert again.after.parameters == 28
     assert not any(again.removed.values())
     rows = {row.name: (row.total, row.constant, row.unread, row.kept, row.kept_dead) for row in shown.layers}
-    assert (rows["h"], rows["rows"]) == ((8, 8, 0, 1, 1), (4, 0, 3, 1, 0))
+    assert (rows["h"], rows["rows"]) == ((8, 8, 0, 1, 1), (4, 4, 0, 1, 1))
     told = [explain(path, *place, align="off") for place in (("held", 2), ("rows",), ("mixed",))]
     assert [(item.total, item.kept) for item in told] == [(8, 1), (4, 1), (4, 4)]
     assert told[1].lines[-1] == "3 of these go in a later round, when the others are gone"
@@ -84,6 +84,18 @@ def test_a_stack_of_matrices_behind_a_dead_tensor():
     net.node("MatMul", ["u", net.rand(3, 5, 4)], "stacked")
     net.node("Conv", ["stacked", zeros(2, 3, 1, 1)], "y")
     assert sizes(net.case("y")) == (60 + 60 + 60 + 6, 5 + 1 + 4 + 2, 5 + 1 + 4 + 2)
+
+
+@pytest.mark.usefixtures("one_round")
+def test_stacks_of_matrices_that_nothing_reads():
+    """What only keeps counts equal reads nothing: a channel of each of three matrices stays."""
+    net = Net(x=(2, 3, 7, 5))
+    net.node("MatMul", ["x", net.rand(3, 5, 6)], "first")
+    net.node("Relu", ["first"], "bent")
+    net.node("MatMul", ["bent", net.rand(3, 6, 4)], "second")
+    net.node("MatMul", ["second", zeros(3, 4, 5)], "third")
+    net.node("Add", ["third", "x"], "y")
+    assert sizes(net.case("y")) == (3 * (30 + 24 + 20), 3 * (5 + 1 + 5), 3 * (5 + 1 + 5))
 
 
 @pytest.mark.usefixtures("one_round")

@@ -140,11 +140,11 @@ def solve(analysis: Analysis, fill: Fill | None = None) -> None:
     state.apply_pins()
     while True:
         settle(analysis)
+        if silence(analysis):
+            continue
         repaired = [says.repair(state) for says in analysis.statements.values()]
         if any(repaired):
             state.given_back = True
-            continue
-        if silence(analysis):
             continue
         # a carrier is a channel too: only what has none then is given one back
         if keep_carriers(analysis) or _keep_one(analysis) or (fill is not None and fill(analysis)):
