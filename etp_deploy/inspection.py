@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from etp_deploy.surgery.policy import HOST, Target, alignment, convolutions, mul
 from etp_deploy.surgery.prepare import prepare
 from etp_deploy.surgery.residuals import partial_residuals as read_partial
 from etp_deploy.surgery.residuals import shrink_branches
-from etp_deploy.surgery.rewrite import restore_interface, rewrite
+from etp_deploy.surgery.rounds import carry_out
 from etp_deploy.surgery.shapes import frame_dims, has_labels
 from etp_deploy.surgery.thresholds import newly_dead, with_zeros
 from etp_deploy.tuning import planned_for
@@ -132,12 +133,9 @@ def inspect(
         UsageError: when an option makes no sense.
     """
     options = _Options(align, planned_for(target), zero_below, merge_duplicates, partial_residuals)
-    found = _analyse(source, options)
+    found = _analyse(_read(source, options), options)
     others = {"off": 1, **{str(multiple): multiple for multiple in options.target.multiples if multiple > 1}}
-    by_align = {
-        name: sum(row.removed for row in plan(found.graph, multiple_fill(multiple))[0].layers)
-        for name, multiple in (others if convolutions(found.analysis) else {}).items()
-    }
+    by_align = _by_align(found, options, others) if convolutions(found.analysis) else {}
     shares = (share for share in TRIED_SHARES if share > zero_below)
     return Inspection(
         source=str(source),
@@ -159,43 +157,76 @@ class _Options:
     merge_duplicates: bool
     partial_residuals: str | bool
 
+    @property
+    def multiple(self) -> int:
+        """What counts of channels are to be multiples of."""
+        return alignment(self.align, self.target)
+
 
 @dataclasses.dataclass(frozen=True)
 class _Found:
-    """What `compress` knows before it writes: of the model as it is read, and after the last removal."""
+    """What `compress` knows before it writes: of the model as it is read, and after the last removal.
+
+    Attributes:
+        model: the model.
+        layers: a row for each layer.
+        analysis: what the reasons are read from, of a graph that is as it was analysed.
+        merged: how many channels another stands for.
+        whole: the prepared model, unless it was used up.
+    """
 
     model: ir.Model
-    graph: ir.Graph
     layers: tuple[Layer, ...]
     analysis: Analysis
     merged: int
+    whole: ir.Model | None
 
 
-def _analyse(source: Path | str, options: _Options) -> _Found:
-    multiple = alignment(options.align, options.target)
-    partial = read_partial(options.partial_residuals, multiple)
+def _read(source: Path | str, options: _Options) -> ir.Model:
+    read_partial(options.partial_residuals, options.multiple)  # refused before anything is read
     model = read_model(Path(source))
-    if options.zero_below:
-        model = with_zeros(model, options.zero_below)
-    fill = multiple_fill(multiple)
-    prepared, removal, analysis, merged = _removal(model, options, fill)
-    graph = prepared.graph
-    if partial is not None:
-        rewrite(prepared, removal.edits)
-        restore_interface(prepared, model)
-        more = shrink_branches(prepared, removal.layers, partial, fill)
+    return with_zeros(model, options.zero_below) if options.zero_below else model
+
+
+def _analyse(model: ir.Model, options: _Options, whole: ir.Model | None = None) -> _Found:
+    """Plan what `compress` does, all rounds of it; `whole` is the prepared model, if there is one already."""
+    fill = multiple_fill(options.multiple)
+    partial = read_partial(options.partial_residuals, options.multiple)
+    prepared, removal, analysis, merged = _removal(model, options, fill, whole)
+    if partial is None and not removal.given_back:
+        return _Found(model, removal.layers, analysis, merged, prepared)
+    rest = carry_out(prepared, removal, model, fill)
+    more = None if partial is None else shrink_branches(rest.model, rest.layers, partial, fill)
+    if partial is None or more is None:
         # an analysis says nothing of a graph that was rewritten
-        _, removal, analysis = more or _removal(model, options, fill)[:3]
-        graph = analysis.graph
-    return _Found(model, graph, removal.layers, analysis, merged)
+        analysis = rest.analysis or _removal(model, options, fill)[2]
+        return _Found(model, rest.layers, analysis, merged, None)
+    prepared, removal, analysis = more
+    layers = removal.layers
+    if removal.given_back:
+        last = carry_out(prepared, removal, model, fill)
+        again = None if last.analysis else shrink_branches(rest.model, rest.layers, partial, fill)
+        layers, analysis = last.layers, again[2] if again else last.analysis or analysis
+    return _Found(model, layers, analysis, merged, None)
 
 
 def _removal(
-    model: ir.Model, options: _Options, fill: Fill | None
+    model: ir.Model, options: _Options, fill: Fill | None, whole: ir.Model | None = None
 ) -> tuple[ir.Model, RemovalPlan, Analysis, int]:
+    if whole is not None:
+        return whole, *plan(whole.graph, fill), 0
     prepared = prepare(model)
     merged = merge(prepared) if options.merge_duplicates else 0
     return prepared, *plan(prepared.graph, fill), merged
+
+
+def _by_align(found: _Found, options: _Options, names: Mapping[str, int]) -> dict[str, int]:
+    """Return how much would go in all by alignment."""
+    counts, whole = {}, found.whole
+    for name, multiple in names.items():
+        other = _analyse(found.model, dataclasses.replace(options, align=multiple), whole)
+        counts[name], whole = sum(row.removed for row in other.layers), other.whole
+    return counts
 
 
 def explain(
@@ -219,14 +250,18 @@ def explain(
         target: as for `compress`.
         zero_below: as for `compress`.
         merge_duplicates: as for `compress`.
-        partial_residuals: as for `compress`; where branches shrink, the reasons are those of what is left then.
+        partial_residuals: as for `compress`; where branches shrink, the reasons are those of what is left then, as
+            they are where removal takes more than one round.
 
     Raises:
         ModelError: when the source cannot be read as a model.
         UsageError: when there is no such tensor or axis.
     """
     options = _Options(align, planned_for(target), zero_below, merge_duplicates, partial_residuals)
-    analysis = _analyse(source, options).analysis
+    found = _analyse(_read(source, options), options)
+    analysis = found.analysis
+    if not _has_channels(analysis, tensor, axis):  # they may be gone by the last round
+        analysis = _removal(found.model, options, multiple_fill(options.multiple))[2]
     value = _find(analysis, tensor, source)
     structure = analysis.state.structure(value)
     if structure is None:
@@ -244,15 +279,37 @@ def explain(
     mask = analysis.state.mask(value)
     others = tuple(dim for dim in range(mask.ndim) if dim not in dims)
     kept = mask.any(axis=others).reshape(-1)
-    return Explanation(
-        tensor, chosen, int(kept.size), int(kept.sum()), tuple(_reasons(analysis, value, dims, kept))
-    )
+    lines = _reasons(analysis, value, dims, kept)
+    stay = int(kept.sum())
+    if analysis is not found.analysis and len(dims) == 1:
+        later = stay - min(stay, _size(found.analysis, tensor, chosen))
+        lines += [f"{later} of these go in a later round, when the others are gone"] * bool(later)
+        stay -= later
+    return Explanation(tensor, chosen, int(kept.size), stay, tuple(lines))
+
+
+def _named(analysis: Analysis) -> dict[str | None, ir.Value]:
+    return {
+        value.name: value for node in analysis.statements for value in (*node.inputs, *node.outputs) if value
+    }
+
+
+def _has_channels(analysis: Analysis, tensor: str, axis: int | None) -> bool:
+    value = _named(analysis).get(tensor)
+    structure = (None if value is None else analysis.state.structure(value)) or ()
+    wanted = range(len(structure)) if axis is None else [axis % len(structure)] if structure else []
+    return any(has_labels(structure[index]) for index in wanted)
+
+
+def _size(analysis: Analysis, tensor: str, axis: int) -> int:
+    """Return how long an axis of a tensor is; without a limit where that is not known."""
+    value = _named(analysis).get(tensor)
+    size = None if value is None or value.shape is None else value.shape[axis]
+    return size if isinstance(size, int) else sys.maxsize
 
 
 def _find(analysis: Analysis, tensor: str, source: Path | str) -> ir.Value:
-    values = {
-        value.name: value for node in analysis.statements for value in (*node.inputs, *node.outputs) if value
-    }
+    values = _named(analysis)
     if tensor not in values:
         close = sorted(str(name) for name in values if tensor.lower() in str(name).lower())[:3]
         hint = f"did you mean {', '.join(close)}" if close else "inspect without --explain lists the layers"

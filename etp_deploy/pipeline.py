@@ -22,7 +22,7 @@ from etp_deploy.surgery.policy import HOST, Target, alignment, multiple_fill
 from etp_deploy.surgery.prepare import prepare
 from etp_deploy.surgery.residuals import partial_residuals as read_partial
 from etp_deploy.surgery.residuals import shrink_branches
-from etp_deploy.surgery.rewrite import restore_interface, rewrite
+from etp_deploy.surgery.rounds import carry_out
 from etp_deploy.surgery.thresholds import newly_dead, with_zeros
 from etp_deploy.tuning import fastest, measured, planned_for
 from etp_deploy.verification import Verification
@@ -268,26 +268,20 @@ class _Shrinking:
         self, prepared: ir.Model, removal: RemovalPlan, multiple: int
     ) -> tuple[Path, tuple[Layer, ...]]:
         """Rewrite a prepared model, which is used up, and write it; the model itself where nothing can go."""
-        result = self.model
-        if removal.edits:
-            with self.job.stage("rewrite"):
-                rewrite(prepared, removal.edits)
-                restore_interface(prepared, self.model)
-            result = prepared
-        partial = read_partial(self.partial_residuals, multiple)
+        fill, partial = multiple_fill(multiple), read_partial(self.partial_residuals, multiple)
+        with self.job.stage("rewrite"):
+            rest = carry_out(prepared, removal, self.model, fill)
         if partial is not None:
             with self.job.stage("residuals"):
-                more = shrink_branches(result, removal.layers, partial, multiple_fill(multiple))
+                more = shrink_branches(rest.model, rest.layers, partial, fill)
                 if more is not None:
-                    result, removal, _ = more
-                    rewrite(result, removal.edits)
-                    restore_interface(result, self.model)
+                    rest = carry_out(more[0], more[1], self.model, fill)
         path = self.folder / f"candidate{multiple}.onnx"
-        removed = _in_words(_removed(removal.layers))
+        removed = _in_words(_removed(rest.layers))
         metadata = {"etp_deploy.version": __version__, "etp_deploy.removed": removed}
         with self.job.stage("write"):
-            write_model(result, path, metadata=metadata, external_data=self.outside)
-        return path, removal.layers
+            write_model(rest.model, path, metadata=metadata, external_data=self.outside)
+        return path, rest.layers
 
 
 def _tuned(

@@ -52,9 +52,18 @@ def deferred(
         return ir.Tensor(np.ascontiguousarray(make()), dtype=dtype, name=name)
 
     fixed = ir.Shape(shape.numpy())
-    if math.prod(fixed.numpy()) * dtype.itemsize < _DEFERRED_FROM_BYTES:
+    if not _is_large(fixed, dtype):
         return tensor()
     return ir.LazyTensor(tensor, dtype, fixed, name=name)
+
+
+def is_deferred(tensor: ir.TensorProtocol) -> bool:
+    """Return whether what is cut of a tensor, if it is all, is made when it is asked for."""
+    return _is_large(tensor.shape, tensor.dtype)
+
+
+def _is_large(shape: ir.ShapeProtocol, dtype: ir.DataType) -> bool:
+    return math.prod(shape.numpy()) * dtype.itemsize >= _DEFERRED_FROM_BYTES
 
 
 def stream(tensor: ir.TensorProtocol, file: BinaryIO) -> int:

@@ -21,7 +21,7 @@ from onnx import helper, numpy_helper
 from etp_deploy.surgery.plan import plan
 from etp_deploy.surgery.policy import TARGETS, alignment, multiple_fill
 from etp_deploy.surgery.prepare import prepare
-from etp_deploy.surgery.rewrite import restore_interface, rewrite
+from etp_deploy.surgery.rounds import carry_out
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -136,12 +136,10 @@ def shrunk(model: onnx.ModelProto, align: str | int = "off") -> onnx.ModelProto:
     """Prepare, plan and rewrite in this process: what `compress` does before it simplifies and verifies."""
     original = ir.from_proto(model)
     prepared = prepare(original)
-    removal, _ = plan(prepared.graph, multiple_fill(alignment(align, TARGETS["cpu-avx512"])))
-    if not removal.edits:
-        return model
-    rewrite(prepared, removal.edits)
-    restore_interface(prepared, original)
-    return ir.to_proto(prepared)
+    fill = multiple_fill(alignment(align, TARGETS["cpu-avx512"]))
+    removal, _ = plan(prepared.graph, fill)
+    rest = carry_out(prepared, removal, original, fill)
+    return model if rest.model is original else ir.to_proto(rest.model)
 
 
 def weight_elements(model: onnx.ModelProto) -> int:

@@ -61,9 +61,10 @@ def analyse(path: Path) -> dict[str, Any]:
     from etp_deploy.modelfile import read_model  # noqa: PLC0415
     from etp_deploy.surgery.plan import plan  # noqa: PLC0415
     from etp_deploy.surgery.prepare import prepare  # noqa: PLC0415
-    from etp_deploy.surgery.rewrite import rewrite  # noqa: PLC0415
+    from etp_deploy.surgery.rounds import carry_out  # noqa: PLC0415
 
-    prepared = prepare(read_model(path))
+    model = read_model(path)
+    prepared = prepare(model)
     before = _work(prepared.graph)
     weights = _weights(prepared.graph)
     removal, analysis = plan(prepared.graph)
@@ -82,8 +83,7 @@ def analyse(path: Path) -> dict[str, Any]:
     links = _links(prepared.graph)
     after, weights_after = before, weights
     if removal.edits:
-        rewrite(prepared, removal.edits)
-        again = prepare(prepared).graph
+        again = prepare(carry_out(prepared, removal, model, None).model).graph
         after, weights_after = _work(again), _weights(again)
     nodes = {tensor: _gone(count, after.get(tensor)) for tensor, count in before.items()}
     known = all(count is not None for count, _ in (*before.values(), *after.values()))

@@ -61,6 +61,12 @@ class Analysis:
             if node in self.statements:
                 yield self.statements[node]
 
+    def spread(self) -> None:
+        """Carry kept positions across nodes until nothing grows by that."""
+        while self.state.touched:
+            for says in self.related(self.state.touched.popleft()):
+                says.spread(self.state)
+
 
 def read(graph: ir.Graph) -> Analysis:
     """Walk a prepared graph forward, its bodies included: statements, structures, constants, pins."""
@@ -134,25 +140,25 @@ def solve(analysis: Analysis, fill: Fill | None = None) -> None:
     state.apply_pins()
     while True:
         settle(analysis)
+        if silence(analysis):
+            continue
         repaired = [says.repair(state) for says in analysis.statements.values()]
         if any(repaired):
-            continue
-        if silence(analysis):
+            state.given_back = True
             continue
         # a carrier is a channel too: only what has none then is given one back
         if keep_carriers(analysis) or _keep_one(analysis) or (fill is not None and fill(analysis)):
             continue
         if _lay_out(analysis):
             return
+        state.given_back = True
 
 
 def settle(analysis: Analysis) -> None:
     """Spread kept positions until nothing grows."""
     state = analysis.state
     while True:
-        while state.touched:
-            for says in analysis.related(state.touched.popleft()):
-                says.spread(state)
+        analysis.spread()
         state.apply_pins()
         if not state.touched:
             return
@@ -166,6 +172,7 @@ def _keep_one(analysis: Analysis) -> bool:
     """
     state = analysis.state
     empty = [value for value, mask in state.keep.items() if mask.size and not mask.any()]
+    state.given_back |= bool(empty)
     left = -(-len(empty) // ROUNDS)
     for value in reversed(empty):
         mask = state.keep[value]

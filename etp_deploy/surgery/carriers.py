@@ -38,7 +38,13 @@ def keep_carriers(analysis: Analysis) -> bool:
         key = says if wanted.shape[0] > 1 else streams.get(says.data, says.data)
         needs[key].append((says, wanted))
     for consumers in needs.values():
-        _choose(analysis, consumers)
+        # the carrier of one group may serve the next
+        lacking = [
+            (says, wanted) for says, _ in consumers if (wanted := says.carriers_needed(analysis.state)).any()
+        ]
+        if lacking:
+            _choose(analysis, lacking)
+            analysis.spread()
     return bool(needs)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from etp_deploy.surgery.analysis import read, solve
 from etp_deploy.surgery.copies import is_copy
+from etp_deploy.surgery.effects import joins, moot
 from etp_deploy.surgery.shapes import frame_dims, is_parameter, single_label
 from etp_deploy.surgery.state import Cause
 from etp_deploy.surgery.statements.attention import Attention
@@ -67,10 +68,17 @@ class Layer:
 
 @dataclass(frozen=True)
 class RemovalPlan:
-    """Edits for each node, and a row for each layer."""
+    """What to change, and what goes with it.
+
+    Attributes:
+        edits: for each node; none where nothing would change.
+        layers: a row for each layer.
+        given_back: whether anything stays only so that tensors are valid: what is left may lose more.
+    """
 
     edits: tuple[tuple[ir.Node, tuple[Edit, ...]], ...]
     layers: tuple[Layer, ...]
+    given_back: bool = False
 
 
 def plan(graph: ir.Graph, fill: Fill | None = None) -> tuple[RemovalPlan, Analysis]:
@@ -87,9 +95,14 @@ def plan(graph: ir.Graph, fill: Fill | None = None) -> tuple[RemovalPlan, Analys
     solve(analysis, fill)
     edits = _edits(analysis)
     while _pin_grown(analysis, edits) or _pin_unstorable(analysis, edits):
+        analysis.state.given_back = True
         solve(analysis, fill)
         edits = _edits(analysis)
-    return RemovalPlan(_kept_whole(edits), tuple(layers(analysis))), analysis
+    gains = any(not moot(node, change) for node, changes in edits for change in changes) or joins(edits)
+    removal = RemovalPlan(
+        _kept_whole(edits) if gains else (), tuple(layers(analysis)), analysis.state.given_back
+    )
+    return removal, analysis
 
 
 def _edits(analysis: Analysis) -> NodeEdits:

@@ -22,6 +22,7 @@ from etp_deploy.surgery.analysis import read
 from etp_deploy.surgery.plan import plan
 from etp_deploy.surgery.prepare import prepare
 from etp_deploy.surgery.resolve import constant
+from etp_deploy.surgery.rounds import merged_rows
 from etp_deploy.surgery.shapes import is_parameter, single_label
 from etp_deploy.surgery.statements.base import Bypass
 
@@ -93,12 +94,7 @@ def shrink_branches(
         if not more:
             break
         useless |= more
-    later = {row.name: row for row in removal.layers}
-    rows = tuple(
-        replace(row, kept=later[row.name].kept, reasons=later[row.name].reasons) if row.name in later else row
-        for row in layers
-    )
-    return prepared, replace(removal, layers=rows), analysis
+    return prepared, replace(removal, layers=merged_rows(layers, removal.layers)), analysis
 
 
 def _cut_all(graph: ir.Graph, how: Partial, useless: set[str]) -> dict[str, ir.Node]:

@@ -11,6 +11,7 @@ import onnx_ir as ir
 from etp_deploy.errors import PlanError
 from etp_deploy.surgery.boundaries import name_apart, release_bodies, remove_unused, undeclare
 from etp_deploy.surgery.copies import join_copies
+from etp_deploy.surgery.effects import holds, moot, takes_all
 from etp_deploy.surgery.fusions import put_together
 from etp_deploy.surgery.projections import close_projections
 from etp_deploy.surgery.resolve import constant
@@ -135,6 +136,8 @@ class Rewriter:
         form = stored(value)
         if value is None or form is None:
             return False
+        if moot(node, edit):
+            return True
         positions = taken(edit, self._array(node, index).shape)
         cut = None if positions is None else form.take(positions)
         if (
@@ -161,7 +164,8 @@ class Rewriter:
         name = old.name if old is not None and old.name else f"{node.outputs[0].name}_{index}"
         if index >= len(node.inputs):
             node.resize_inputs(index + 1)
-        node.replace_input_with(index, self.shared(name, array))
+        kept = old if holds(old, array) else None
+        node.replace_input_with(index, self.shared(name, array, kept=kept))
 
     def _named(self, tensor: np.ndarray | ir.TensorProtocol, name: str) -> ir.Value:
         """Add an initializer that takes over a name as soon as that is free."""
@@ -169,18 +173,21 @@ class Rewriter:
         self.wanted[value] = name
         return value
 
-    def shared(self, name: str, array: np.ndarray, *, stored: str = "") -> ir.Value:
+    def shared(
+        self, name: str, array: np.ndarray, *, stored: str = "", kept: ir.Value | None = None
+    ) -> ir.Value:
         """Return an initializer with this content, one for all nodes whose cuts come out equal.
 
         Args:
             name: what it should be called.
             array: the content.
             stored: of a weight that is stored in another form, what tells it from those that are not.
+            kept: an initializer that holds this content already, and serves where no other does yet.
         """
         content = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
         digest = hashlib.sha256(f"{array.dtype} {array.shape} {stored}".encode() + content.data).digest()
         if digest not in self._cut:
-            self._cut[digest] = self._named(array, name)
+            self._cut[digest] = self._named(array, name) if kept is None else kept
         return self._cut[digest]
 
     def _slice_input(self, node: ir.Node, index: int, takes: tuple[tuple[int, np.ndarray], ...]) -> None:
@@ -219,12 +226,11 @@ class Rewriter:
                 array = np.take(array, line, axis=axis)
             return array
 
+        kept = old if takes_all(old, takes) else None
         tensor = deferred(cut, source.dtype, ir.Shape(shape), name)
-        return (
-            self._named(tensor, name)
-            if isinstance(tensor, ir.LazyTensor)
-            else self.shared(name, tensor.numpy())
-        )
+        if isinstance(tensor, ir.LazyTensor):
+            return self._named(tensor, name) if kept is None else kept
+        return self.shared(name, tensor.numpy(), kept=kept)
 
     def _set_shape(self, node: ir.Node, edit: SetShape) -> None:
         index, sizes = edit.index, edit.sizes

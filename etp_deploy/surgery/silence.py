@@ -3,6 +3,9 @@
 A tensor that lost all its channels is given one back. If nothing reads that channel, what it holds does not matter,
 as long as it is a number: its weights are taken for zeros, so that it keeps nothing in front of it, and what was
 in front can go as if the channel were not there.
+
+This comes before anything is kept for a reason other than being read (equal counts, rows that must not be empty): what
+is kept for such a reason reads nothing either.
 """
 
 from __future__ import annotations
@@ -12,9 +15,11 @@ from typing import TYPE_CHECKING
 from etp_deploy.surgery.statements.body import bodies
 from etp_deploy.surgery.statements.contraction import Contraction
 from etp_deploy.surgery.statements.product import Product
+from etp_deploy.surgery.statements.recurrent import Recurrent
+from etp_deploy.surgery.statements.stacked import Stacked
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     import onnx_ir as ir
 
@@ -42,7 +47,8 @@ def silence(analysis: Analysis) -> bool:
     found = [
         says.silence(state)
         for says in analysis.statements.values()
-        if isinstance(says, Contraction) and _stays_finite(analysis, says.out)
+        if isinstance(says, Contraction | Recurrent | Stacked)
+        and all(_stays_finite(analysis, value) for value in _held(says))
     ]
     if not any(found):
         return False
@@ -50,6 +56,11 @@ def silence(analysis: Analysis) -> bool:
         says.constants(state)
     state.touched.extend(value for value in state.keep if state.keep[value].any())
     return True
+
+
+def _held(says: Contraction | Recurrent | Stacked) -> Sequence[ir.Value]:
+    """Return what holds the channels that a node makes."""
+    return says.node.outputs if isinstance(says, Recurrent) else (says.out,)
 
 
 def _stays_finite(analysis: Analysis, value: ir.Value) -> bool:
@@ -63,7 +74,7 @@ def _stays_finite(analysis: Analysis, value: ir.Value) -> bool:
         users = [user for user, _ in at.uses()]
         for node in (*users, *analysis.boundaries.get(at, ())):
             says = analysis.statements.get(node)
-            if isinstance(says, Contraction) and says.active and says.data is at:
+            if isinstance(says, Contraction | Recurrent | Stacked) and says.active and says.data is at:
                 continue
             if node.op_type not in _FINITE or node.domain not in {"", "ai.onnx"} or isinstance(says, Product):
                 return False

@@ -64,6 +64,8 @@ class State:
     constants: dict[ir.Value, Constant] = field(default_factory=dict)
     proved: dict[ir.Value, Constant] | None = None
     """What was known before weights that do not matter were taken for zeros (`silence.py`)."""
+    given_back: bool = False
+    """Whether anything stays that nothing reads, so that tensors are valid: what is left may lose more."""
     stochastic: dict[ir.Value, int] = field(default_factory=dict)
     """Tensors whose entries along an axis sum to one, with that axis."""
     centred: dict[ir.Value, np.ndarray] = field(default_factory=dict)

@@ -42,6 +42,8 @@ class Recurrent(Statement):
         self.candidate = candidate
         self.active = False
         self._reading = True
+        # units whose weights are taken for zeros, as (direction, unit)
+        self._silent: np.ndarray | None = None
 
     # structure
 
@@ -64,13 +66,14 @@ class Recurrent(Statement):
         split = (self.directions, self.gates, self.units, -1)
         self._reads_data = (weight.reshape(split) != 0).any(axis=1)
         self._reads_units = (recurrent.reshape(split) != 0).any(axis=1)
-        self.active = self.units > 1
+        self.active = True
         for number, value in enumerate(self.node.outputs):
-            if value.shape is None or not self.active:
+            if value.shape is None:
                 set_plain(state, value)
                 continue
             axes = list(plain(value.shape))
-            axes[-1] = labelled(self.units)
+            if self.units > 1:
+                axes[-1] = labelled(self.units)
             if self.directions > 1:
                 axes[1 if number == 0 else 0] = labelled(self.directions)
             state.set_structure(value, tuple(axes))
@@ -112,7 +115,7 @@ class Recurrent(Statement):
             initial = self._optional(index)
             if initial is not None:
                 dead = dead & (initial == 0).all(axis=1)
-        return np.asarray(dead)
+        return np.asarray(dead if self._silent is None else dead | self._silent)
 
     def _zero_outputs(self, state: State) -> np.ndarray:
         """Return which units are known to be zero at every step, as (direction, unit)."""
@@ -129,7 +132,7 @@ class Recurrent(Statement):
         """Return the words of the units, as (direction, unit)."""
         words = np.full((self.directions, self.units), ~np.uint64(0))
         for value in self._outputs():
-            words &= codes[value].reshape(words.shape)
+            words &= codes[value].reshape(words.shape) if value in codes else np.uint64(0)
         return words
 
     def words_in(self, codes: Mapping[ir.Value, np.ndarray]) -> np.ndarray | None:
@@ -141,7 +144,28 @@ class Recurrent(Statement):
 
     def rewind(self, *, read: bool = True) -> None:
         """Let units read inputs and each other, or let them read nothing."""
-        self._reading = read
+        self._reading, self._silent = read, None
+
+    def silence(self, state: State) -> bool:
+        """Take for zeros the weights, biases and states of units that nothing reads; say whether there are any."""
+        if (
+            not self.active
+            or self.units == 1
+            or any(len(value.uses()) > 1 for value in self._held_by_units())
+        ):
+            return False
+        dead = ~self._kept(state) & ~self._zero_units()
+        if not dead.any():
+            return False
+        self._silent = dead
+        return True
+
+    def _held_by_units(self) -> Iterator[ir.Value]:
+        """Yield the initializers that hold something of each unit."""
+        for index in (WEIGHT, RECURRENT, BIAS, INITIAL_H, INITIAL_C, PEEPHOLE):
+            value = self.node.inputs[index] if index < len(self.node.inputs) else None
+            if value is not None:
+                yield value
 
     def _kept(self, state: State) -> np.ndarray:
         kept = np.zeros((self.directions, self.units), bool)
@@ -161,14 +185,15 @@ class Recurrent(Statement):
             return
         kept = self._kept(state)
         live = ~self._zero_outputs(state)
+        # what gates make of anything does not matter to a unit that stays at zero
         for _ in range(self.units):
-            read = (self._reads_units & kept[:, :, None]).any(axis=1) & live & self._reading
+            read = (self._reads_units & (kept & live)[:, :, None]).any(axis=1) & live & self._reading
             if not (read & ~kept).any():
                 break
             kept = kept | read
         self._keep(state, kept, Cause("a hidden unit that stays reads it in", self.node))
         if self._data_dim is not None:
-            wanted = (self._reads_data & kept[:, :, None]).any(axis=(0, 1)) & ~self._held(state)[0]
+            wanted = (self._reads_data & (kept & live)[:, :, None]).any(axis=(0, 1)) & ~self._held(state)[0]
             wanted = wanted & self._reading
             shape = [1] * state.mask(self.data).ndim
             shape[self._data_dim] = -1
@@ -176,10 +201,12 @@ class Recurrent(Statement):
             state.grow(self.data, wanted.reshape(shape), cause)
 
     def repair(self, state: State) -> bool:
-        """Every direction keeps equally many units, at least one."""
+        """Every direction keeps equally many units, at least one where any stays."""
         if not self.active:
             return False
         kept = self._kept(state)
+        if not kept.any():
+            return False
         kept[~kept.any(axis=1), 0] = True
         cause = Cause("directions keep equal counts at", self.node, spare=True)
         return self._keep(state, nested_fill(kept) if self.directions > 1 else kept, cause)
@@ -234,32 +261,41 @@ class Recurrent(Statement):
             return
         kept = self._kept(state)
         columns = self._columns(state)
-        if kept.all() and len(columns) == self._array(WEIGHT).shape[2]:
+        silent = False if self._silent is None else (kept & self._silent).any()
+        if kept.all() and len(columns) == self._array(WEIGHT).shape[2] and not silent:
             return
         units = [np.flatnonzero(row) for row in kept]
         known, value = self._held(state)
         gone = known.copy()
         gone[columns] = False
-        weight = self._per_gate(self._array(WEIGHT), units)
+        weight = self._per_gate(self._silenced(WEIGHT), units)
         yield SetInput(WEIGHT, np.ascontiguousarray(weight[:, :, columns]))
-        recurrent = self._per_gate(self._array(RECURRENT), units)
+        recurrent = self._per_gate(self._silenced(RECURRENT), units)
         yield SetInput(
             RECURRENT, np.stack([rows[:, mine] for rows, mine in zip(recurrent, units, strict=True)])
         )
         yield from self._bias_edits(units, weight, np.where(gone, value, 0.0))
-        for index in (INITIAL_H, INITIAL_C):
-            initial = self._optional(index)
-            if initial is not None:
-                yield SetInput(
-                    index, np.stack([rows[:, mine] for rows, mine in zip(initial, units, strict=True)])
-                )
-        peephole = self._optional(PEEPHOLE)
-        if peephole is not None:
-            split = peephole.reshape(self.directions, -1, self.units)
-            yield SetInput(
-                PEEPHOLE, np.stack([p[:, m].reshape(-1) for p, m in zip(split, units, strict=True)])
-            )
+        for index in (INITIAL_H, INITIAL_C, PEEPHOLE):
+            if self._optional(index) is not None:
+                yield SetInput(index, self._per_unit(index, units))
         yield SetAttribute("hidden_size", len(units[0]))
+
+    def _silenced(self, index: int) -> np.ndarray:
+        """Return an input with zeros for the units whose weights are taken for zeros."""
+        array = self._array(index)
+        if self._silent is None:
+            return array
+        after = () if index not in (WEIGHT, RECURRENT) else (array.shape[2],)
+        split = array.reshape(self.directions, -1, self.units, *after).copy()
+        np.moveaxis(split, 2, 1)[self._silent] = 0
+        return split.reshape(array.shape)
+
+    def _per_unit(self, index: int, units: list[np.ndarray]) -> np.ndarray:
+        """Take the units of an input that has one entry for each, and so many rows of them, in each direction."""
+        array = self._silenced(index)
+        split = array.reshape(self.directions, -1, self.units)
+        cut = np.stack([rows[:, mine] for rows, mine in zip(split, units, strict=True)])
+        return cut.reshape(*array.shape[:-1], -1)
 
     def _per_gate(self, array: np.ndarray, units: list[np.ndarray]) -> np.ndarray:
         """Take the units of every gate, direction by direction, from (direction, gate * unit, n)."""
@@ -274,11 +310,7 @@ class Recurrent(Statement):
         if bias is None and not share.any():
             return
         rows = self.gates * len(units[0])
-        if bias is None:
-            cut = np.zeros((self.directions, 2 * rows))
-        else:
-            halves = bias.reshape(self.directions, 2 * self.gates, self.units)
-            cut = np.stack([half[:, mine].reshape(-1) for half, mine in zip(halves, units, strict=True)])
+        cut = np.zeros((self.directions, 2 * rows)) if bias is None else self._per_unit(BIAS, units)
         cut = cut.astype(np.float64)
         cut[:, :rows] += share
         yield SetInput(BIAS, cut.astype(self._array(WEIGHT).dtype))

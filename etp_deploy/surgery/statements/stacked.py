@@ -17,6 +17,7 @@ from etp_deploy.surgery.statements.base import (
     Affine,
     Edit,
     GatherInput,
+    SetInput,
     Statement,
     array_of,
     default_layout,
@@ -63,6 +64,8 @@ class Stacked(Statement):
         self.scale = scale
         self.active = False
         self._held: tuple[np.ndarray, np.ndarray] | None = None
+        # channels whose weights are taken for zeros, as (shared, free)
+        self._silent: np.ndarray | None = None
 
     @property
     def made(self) -> tuple[int, ...]:
@@ -227,14 +230,15 @@ class Stacked(Statement):
         """Return what constants (shared, contracted) add to the output, as (shared, free)."""
         weight = self._grouped()
         rows = [weight[row].astype(np.float64) @ value[row] for row in range(len(weight))]
-        return np.stack(rows) * self.scale
+        return self._reading(np.stack(rows) * self.scale)
 
     def constants(self, state: State) -> None:
         """An output is known if every input that it reads is."""
         if not self.active:
             return
+        self._held = None
         known, value = self._known(state)
-        held = ~self._reads.outputs(~known)
+        held = ~self._reading(self._reads.outputs(~known))
         if held.any():
             shape = [self._out_frame[dim] for dim in self._out_dims]
             shape[: len(self._passing)] = [1] * len(self._passing)
@@ -246,14 +250,37 @@ class Stacked(Statement):
                 np.transpose(result.reshape(shape), back),
             )
 
+    def silence(self, state: State) -> bool:
+        """Take for zeros the weights of channels that nothing reads; say whether there are any."""
+        weight = self.node.inputs[self.weight]
+        if not self.active or weight is None or len(weight.uses()) > 1 or self._array().dtype.kind != "f":
+            return False
+        dead = ~np.asarray(self._out_rows(state.mask(self.out)).any(axis=0))
+        constant = state.constant(self.out)
+        if constant is not None:
+            dead &= ~self._out_rows(np.broadcast_to(constant.known, self._out_frame)).all(axis=0)
+        if not dead.any():
+            return False
+        self._silent = dead
+        return True
+
+    def _reading(self, rows: np.ndarray) -> np.ndarray:
+        """Leave out of something for each (shared, free) what is taken for zeros."""
+        return rows if self._silent is None else np.where(self._silent, 0, rows).astype(rows.dtype)
+
     # masks
+
+    def rewind(self, *, read: bool = True) -> None:
+        """Forget the constants held, and that weights counted as zero."""
+        del read
+        self._held = self._silent = None
 
     def spread(self, state: State) -> None:
         """A kept output keeps each input that it reads and that is not a known constant."""
         if not self.active:
             return
         out = self._out_rows(state.mask(self.out))
-        wanted = self._reads.inputs(np.asarray(out.any(axis=0))) & ~self._known(state)[0]
+        wanted = self._reads.inputs(self._reading(np.asarray(out.any(axis=0)))) & ~self._known(state)[0]
         cause = Cause("read with a weight that is not zero by", self.node, self.out)
         state.grow(self.data, self._lower(wanted & out.any(axis=2, keepdims=True)), cause)
 
@@ -374,7 +401,11 @@ class Stacked(Statement):
 
     def edits(self, state: State) -> Iterator[Edit]:
         """Cut each matrix of the stack, and add what removed constants contributed."""
-        if not self.active or (state.mask(self.data).all() and state.mask(self.out).all()):
+        if not self.active:
+            return
+        kept = self._out_rows(state.mask(self.out))
+        silent = self._silent is not None and bool((kept & self._silent).any())
+        if state.mask(self.data).all() and kept.all() and not silent:
             return
         indices, weight = self._indices(state), self.names[1]
         order = [*self._shared, *self._contracted, *self._free]
@@ -391,8 +422,22 @@ class Stacked(Statement):
         merged = tuple(
             int(np.prod([next(extents) for _ in self._splits.get(name, (1,))])) for name in self._own
         )
-        yield GatherInput(self.weight, self._array().shape, tuple(taken), merged)
+        if silent:
+            yield SetInput(self.weight, self._silenced()[tuple(taken)].reshape(merged))
+        else:
+            yield GatherInput(self.weight, self._array().shape, tuple(taken), merged)
         yield from self._folded(state, indices)
+
+    def _silenced(self) -> np.ndarray:
+        """Return the weight with zeros where it is taken for them."""
+        assert self._silent is not None
+        order = [*self._shared, *self._free]
+        silent = self._silent.reshape(self._shape(order))
+        named = [name for name in self.names[1] if name in order]
+        silent = np.transpose(silent, [order.index(name) for name in named])
+        extents = iter(silent.shape)
+        shape = [next(extents) if name in order else 1 for name in self.names[1]]
+        return np.where(silent.reshape(shape), 0, self._array()).astype(self._array().dtype)
 
     def _folded(self, state: State, indices: dict[str, np.ndarray]) -> Iterator[Edit]:
         known, value = self._known(state)
