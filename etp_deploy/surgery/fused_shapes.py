@@ -37,6 +37,21 @@ def _slice(context: ShapeInferenceContext, node: ir.Node) -> None:
     context.set_shape_and_dtype(node.outputs[0], ir.Shape(dims), data.dtype)
 
 
+def _old_slice(context: ShapeInferenceContext, node: ir.Node) -> None:
+    """Before opset 10 bounds are attributes, which inference does not read."""
+    data = node.inputs[0]
+    if data is None or data.shape is None:
+        return
+    starts, ends = node.attributes.get_ints("starts", ()), node.attributes.get_ints("ends", ())
+    dims = list(data.shape)
+    for axis, start, end in zip(
+        node.attributes.get_ints("axes", range(len(starts))), starts, ends, strict=True
+    ):
+        size = dims[axis]
+        dims[axis] = len(range(size)[start:end]) if isinstance(size, int) else context.new_symbolic_dim()
+    context.set_shape_and_dtype(node.outputs[0], ir.Shape(dims), data.dtype)
+
+
 def _held(context: ShapeInferenceContext, value: ir.Value | None) -> list[int | ir.SymbolicDim] | None:
     if value is None:
         return None
@@ -65,6 +80,7 @@ registry.collect()
 _PRODUCT = registry.get("com.microsoft", "FusedMatMul", 1)
 registry.register("com.microsoft", "FusedMatMul", since_version=1)(_product)
 _SLICE = registry.get("", "Slice", 10)
+registry.register("", "Slice", since_version=1)(_old_slice)
 registry.register("", "Slice", since_version=11)(_slice)
 _EXPAND = registry.get("", "Expand", 8)
 registry.register("", "Expand", since_version=9)(_expand)

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 
 SPLIT_INPUT_OPSET = 13
+# the input of a Slice that holds its steps
+STEPS = 4
 
 
 class Select(Selected):
@@ -69,6 +71,8 @@ class Select(Selected):
         if not np.array_equal(low, high):
             raise ConflictError([value, *self.node.outputs])
         columns = np.flatnonzero(low)
+        if self.how == "slice" and len(indices) > 1 and indices[1] < indices[0]:
+            return columns[::-1]
         if self.how == "gather":
             order = np.take(coordinate, columns, axis=dim)
             first = order[tuple(0 if other != dim else slice(None) for other in range(order.ndim))]
@@ -147,6 +151,7 @@ class Select(Selected):
                 start += len(columns)
             else:
                 good = len(columns) > 0 and bool((steps == steps[0]).all() if len(steps) else True)
+                good &= "starts" not in self.node.attributes or not (steps != 1).any()
             if not good:
                 raise ConflictError([*self._live(), *self.node.outputs])
 
@@ -197,8 +202,28 @@ class Select(Selected):
         index, indices = self.parts[0][0]
         columns = self._columns(state, index, indices)
         step = int(columns[1] - columns[0]) if len(columns) > 1 else 1
-        stop = int(columns[-1]) + step
-        yield SetSlice(self.axis, int(columns[0]), stop, step)
+        start, stop = int(columns[0]), int(columns[-1]) + step
+        if stop < 0:
+            # -1 would be the last index
+            stop = np.iinfo(np.int32).min
+        if "starts" in self.node.attributes:
+            yield from self._attribute_edits(start, stop)
+            return
+        if step != 1 and len(self.node.inputs) <= STEPS:
+            starts = array_of(self.node.inputs[1])
+            assert starts is not None
+            yield SetInput(STEPS, np.ones_like(starts))
+        yield SetSlice(self.axis, start, stop, step)
+
+    def _attribute_edits(self, start: int, stop: int) -> Iterator[Edit]:
+        """Set the bounds along the axis where they are attributes, before opset 10."""
+        given = self.node.attributes
+        starts, ends = list(given.get_ints("starts", ())), list(given.get_ints("ends", ()))
+        axes = given.get_ints("axes", range(len(starts)))
+        place = next(place for place, axis in enumerate(axes) if axis % len(self.own[0]) == self.axis)
+        starts[place], ends[place] = start, stop
+        yield SetAttribute("starts", tuple(starts))
+        yield SetAttribute("ends", tuple(ends))
 
     def _parameter_edits(self, state: State) -> Iterator[Edit]:
         for number, out in enumerate(self.node.outputs):
