@@ -11,6 +11,8 @@ from etp_deploy.surgery.absorb import drops_any
 from etp_deploy.surgery.examples import computed, example, indices, literal, weight
 from etp_deploy.surgery.rules.common import (
     attribute,
+    constant_at,
+    input_at,
     normal_axis,
     rank,
     static,
@@ -20,6 +22,7 @@ from etp_deploy.surgery.statements.base import array_of
 from etp_deploy.surgery.statements.fill import Fill
 from etp_deploy.surgery.statements.moves import Expand, Permute, Reshape, Tile
 from etp_deploy.surgery.statements.opaque import Opaque
+from etp_deploy.surgery.statements.padding import Padded
 from etp_deploy.surgery.statements.select import Select
 from etp_deploy.surgery.statements.subpixels import Subpixels
 
@@ -107,6 +110,48 @@ def tile(node: ir.Node) -> Statement:
     if len(node.inputs) != TILE_INPUTS:
         raise RefusedError("a Tile of an opset before 6")
     return Tile(node)
+
+
+_WIDER = literal([0, 1, 0, 0, 2, 0])
+
+
+@rule(
+    "Pad",
+    examples=(
+        example(computed(2, 6, 4), _WIDER),
+        example(computed(2, 6, 4), _WIDER, literal(0.5, "float32")),
+        example(computed(2, 6, 4), literal([0, 0, 1, 0, 0, 1]), literal(0.5, "float32")),
+        example(computed(2, 6, 4), literal([0, 0, 1, 0, 0, 1]), mode="edge"),
+        example(computed(2, 6, 4), literal([0, 0, 1, 0, 0, -2]), mode="reflect"),
+        example(computed(2, 6, 4), literal([1, 1, 0, 2]), None, literal([-2, 2])),
+        example(computed(6, 4), literal([1, 2, 1, 2]), mode="edge", removable=False),
+        example(computed(6, 4), literal([-1, 0, 0, 1])),
+        example(computed(6, 4), indices(4, below=2), removable=False),
+        example(computed(6, 4), literal([0, 1, 0, 0]), computed(), removable=False),
+        example(computed(2, 6, 4), pads=[0, 1, 0, 0, 2, 0], value=0.5, opset=10),
+        example(computed(2, 6, 4), pads=[0, 0, 1, 0, 0, 1], value=0.5, opset=10),
+        example(computed(2, 6, 4), pads=[0, 0, 1, 0, 0, 1], mode="reflect", opset=10),
+    ),
+)
+def pad(node: ir.Node) -> Statement:
+    """y[..., before + j, ...] = x[..., j, ...], and around it one value, or x's own entries once more"""
+    own = node.attributes.get("pads")
+    pads = constant_at(node, 1, "how much is padded is") if own is None else np.array(own.as_ints())
+    named = constant_at(node, 3, "which axes are padded is") if input_at(node, 3) is not None else None
+    count = len(pads) // 2
+    axes = [
+        normal_axis(int(axis), rank(node.inputs[0])) for axis in (range(count) if named is None else named)
+    ]
+    value = np.asarray(attribute(node, "value", 0.0), np.float32)
+    if input_at(node, 2) is not None:
+        value = constant_at(node, 2, "what is padded with is").reshape(-1)[:1]
+    entries = {axis: (place, count + place) for place, axis in enumerate(axes)}
+    return Padded(
+        node,
+        {axis: (int(pads[before]), int(pads[behind])) for axis, (before, behind) in entries.items()},
+        value=value if attribute(node, "mode", "constant") == "constant" else None,
+        entries=entries,
+    )
 
 
 @rule(
