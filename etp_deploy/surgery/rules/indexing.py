@@ -18,6 +18,7 @@ from etp_deploy.surgery.rules.common import (
 )
 from etp_deploy.surgery.rules.registry import RefusedError, rule
 from etp_deploy.surgery.statements.base import array_of
+from etp_deploy.surgery.statements.picked import Picked
 from etp_deploy.surgery.statements.pointwise import Pointwise
 from etp_deploy.surgery.statements.select import Select
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from etp_deploy.surgery.statements.base import Statement
-    from etp_deploy.surgery.statements.pointwise import AxisMap
+    from etp_deploy.surgery.statements.mapped import AxisMap
 
 # what was an attribute before opset 10, by the input that it is now; steps came with the inputs
 BOUNDS = {1: "starts", 2: "ends", 3: "axes", 4: "steps"}
@@ -38,6 +39,7 @@ BOUNDS = {1: "starts", 2: "ends", 3: "axes", 4: "steps"}
     examples=(
         example(computed(2, 6, 4), indices(3, 1, below=2)),
         example(computed(2, 5, 6), indices(3, 2, 2, below=2)),
+        example(computed(2, 5, 6), indices(3, 2, below=2, copied=True)),
         example(computed(2, 5, 6), indices(2, 3, 1, below=5), batch_dims=1, removable=False),
     ),
 )
@@ -212,10 +214,7 @@ def gather_channels(node: ir.Node, axis: int) -> Statement:
     size = data.shape[axis] if data is not None and data.shape is not None else None
     if indices.ndim > 1 or not isinstance(size, int):
         return _gather_unlabelled(node, axis, indices.ndim)
-    flat = indices.reshape(-1).astype(np.int64) % size
-    if len(np.unique(flat)) != len(flat):
-        return _gather_unlabelled(node, axis, indices.ndim)
-    return Select(node, axis, [[(0, flat)]], drop=indices.ndim == 0, how="gather")
+    return Picked(node, axis, indices.astype(np.int64) % size)
 
 
 def _gather_unlabelled(node: ir.Node, axis: int, between: int) -> Statement:
@@ -233,8 +232,12 @@ def _gather_unlabelled(node: ir.Node, axis: int, between: int) -> Statement:
         example(computed(2, 6, 4), literal(3), axis=-2),
         example(computed(2, 6, 4), literal([[0, 1], [2, 3]]), axis=1),
         example(computed(2, 6, 4), literal([1, 2, 1]), axis=1),
+        example(computed(2, 3, 4), literal([0, 0, 1, 1, 2, 2]), axis=1),
+        example(computed(2, 6), literal([5, 4, 3, 5, -6, 0]), axis=-1),
         example(computed(2, 6, 4), indices(3, below=6), axis=1),
         example(weight(7, 6), indices(2, 5, below=7)),
+        example(weight(7, 4), indices(2, 6, below=7, copied=True)),
+        example(computed(2, 6, 4), indices(3, below=6, copied=True), axis=1),
         example(weight(6, 7), indices(2, 5, below=7), axis=1),
     ),
 )
@@ -249,4 +252,5 @@ def gather(node: ir.Node) -> Statement:
         None if own == axis else (own if own < axis else own + between - 1) for own in range(rank(data))
     )
     columns = tuple(place for place in places if place is not None) if array_of(data) is not None else ()
-    return Pointwise(node, {0: places}, constants="pass", whole="indexed along", fresh=columns)
+    maps = {0: places, 1: tuple(range(axis, axis + between))}
+    return Pointwise(node, maps, constants="pass", routes=(1,), whole="indexed along", fresh=columns)

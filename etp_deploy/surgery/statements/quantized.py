@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from etp_deploy.surgery.state import State
     from etp_deploy.surgery.statements.base import Edit
-    from etp_deploy.surgery.statements.pointwise import AxisMap
+    from etp_deploy.surgery.statements.mapped import AxisMap
     from etp_deploy.surgery.statements.weights import Weight
 
 
