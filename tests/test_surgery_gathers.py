@@ -80,3 +80,12 @@ def test_indices_that_have_channels():
     net.node("Gather", [net.rand(5, 3), "i"], "g")
     net.node("MatMul", [net.rand(2, 6, dead=(0,), axis=1), "g"], "z")
     assert gained(net.case("z")) == (24 + 15 + 12, 20 + 15 + 10)
+
+
+def test_rows_that_are_picked_batch_by_batch():
+    """GatherND with a batch axis, as for the tokens that a model was asked about: the channels pass."""
+    net = Net(x=(2, 5, 4))
+    net.node("MatMul", ["x", net.rand(4, 6, dead=(1, 4), axis=1)], "h")
+    net.node("GatherND", ["h", np.array([[[0], [3]], [[4], [4]]])], "g", batch_dims=1)
+    net.node("MatMul", ["g", net.rand(6, 2)], "z")
+    assert gained(net.case("z")) == (24 + 12, 16 + 8)

@@ -40,17 +40,20 @@ BOUNDS = {1: "starts", 2: "ends", 3: "axes", 4: "steps"}
         example(computed(2, 6, 4), indices(3, 1, below=2)),
         example(computed(2, 5, 6), indices(3, 2, 2, below=2)),
         example(computed(2, 5, 6), indices(3, 2, below=2, copied=True)),
-        example(computed(2, 5, 6), indices(2, 3, 1, below=5), batch_dims=1, removable=False),
+        example(computed(2, 5, 6), indices(2, 3, 1, below=5), batch_dims=1),
+        example(computed(6, 4, 5), indices(6, 3, 2, below=4, copied=True), batch_dims=1),
     ),
 )
 def gather_nd(node: ir.Node) -> Statement:
-    """y[..., rest] = x[indices[...], rest]"""
+    """y[b..., ..., rest] = x[b..., indices[b..., ...], rest]"""
     data, indices = rank(node.inputs[0]), rank(node.inputs[1])
-    if attribute(node, "batch_dims", 0):
-        raise RefusedError("GatherND with batch dimensions")
-    depth = static(node.inputs[1], indices - 1)
-    axes = tuple(None if own < depth else own - depth + indices - 1 for own in range(data))
-    return Pointwise(node, {0: axes}, constants="pass", whole="indexed along")
+    batch, depth = int(attribute(node, "batch_dims", 0)), static(node.inputs[1], indices - 1)
+    rest = batch + depth
+    axes = tuple(
+        own if own < batch else None if own < rest else own - rest + indices - 1 for own in range(data)
+    )
+    maps = {0: axes, 1: (*range(indices - 1), None)}
+    return Pointwise(node, maps, constants="pass", routes=(1,), whole="indexed along")
 
 
 @rule(
