@@ -181,7 +181,7 @@ class Select(Selected):
         if "starts" in self.node.attributes:
             yield from self._attribute_edits(start, stop)
             return
-        if step != 1 and len(self.node.inputs) <= STEPS:
+        if step != 1 and (len(self.node.inputs) <= STEPS or self.node.inputs[STEPS] is None):
             starts = array_of(self.node.inputs[1])
             assert starts is not None
             yield SetInput(STEPS, np.ones_like(starts))
