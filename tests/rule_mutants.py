@@ -36,6 +36,7 @@ _UNEVEN = "no valid node has heads of different sizes"
 _WHOLE = "heads whose size has to stay keep their queries, whatever the keys hold"
 _WORDS = "refused in any case, for another reason"
 _GPU = "packed heads run on GPUs alone: test_attention_pinned.py compares them with their equal in separate tensors"
+_ONE_MATRIX = "a stack of one matrix is cut the same; only weights in a stored form ask for a contraction"
 _SAME = "the operator itself, run on the constants, gives them back"
 # mutants that are as right as the rule, each with the reason
 EQUIVALENT: dict[tuple[str, str, str], str] = {
@@ -107,13 +108,22 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ("elementwise", "identity", "'evaluate' for 'pass' in 'pass' in Pointwise"): _SAME,
     ("integers", "qgemm", "without _matrix(node, 3)"): _PINNED,
     (
-        "movement",
+        "indexing",
         "_alike",
         "without if len({len(shape) for shape in shapes}) != 1 or len(shapes) != len(values):",
     ): _PINNED,
-    ("movement", "slice_", "without constants='pass' in Pointwise"): _SAME,
-    ("movement", "slice_", "'evaluate' for 'pass' in 'pass' in Pointwise"): _SAME,
-    ("movement", "slice_", "without if 'starts' in node.attributes:"): "refused for its missing input",
+    (
+        "linear",
+        "matmul",
+        "without if second is not None and second.ndim == 2 and (first is None):",
+    ): _ONE_MATRIX,
+    (
+        "linear",
+        "matmul",
+        "without if first is not None and first.ndim == 2 and (second is None) and (rank(node.inputs[1]) >= 2):",
+    ): _ONE_MATRIX,
+    ("indexing", "slice_", "without constants='pass' in Pointwise"): _SAME,
+    ("indexing", "slice_", "'evaluate' for 'pass' in 'pass' in Pointwise"): _SAME,
     (
         "movement",
         "tile",

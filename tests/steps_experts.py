@@ -47,7 +47,9 @@ def einsum(b: Builder) -> bool:
     if kind == 1:
         y = b.choose.one_of([name for name in b.pool if b.shape(name) == shape])
         other = f"{letters[:-2]}e{letters[-1]}"
-        out = "".join(b.random.permutation([*letters[:-1], "e"]))
+        # letters that both have are contracted, too, or stay
+        both = [letter for letter in letters[:-2] if b.choose.chance(0.7)]
+        out = "".join(b.random.permutation([*both, letters[-2], "e"]))
         return b.add(b.emit("Einsum", [x, y], equation=f"{letters},{other}->{out}"))
     sizes = dict(zip(letters, shape, strict=True)) | {"o": b.choose.integer(2, 6)}
     shared = [letter for letter in letters[:-1] if b.choose.chance(0.3)]

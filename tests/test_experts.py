@@ -174,9 +174,9 @@ def test_einsum_of_two_computed_matrices():
     assert gained(net.case("y")) == (4 * 72, 4 * 36)
 
 
-@pytest.mark.parametrize("equation", ["bqhd,bkhe->bhqk", "bqhd,bkhd->bhq", "bqhd,bkhd->bqk"])
+@pytest.mark.parametrize("equation", ["bqhd,bkhe->bhqk", "bqhd,bkhd->bhq"])
 def test_einsum_that_is_no_matrix_product_is_left_alone(equation):
-    """What sums over an axis of one operand, or over two, stays whole."""
+    """What sums over an axis of one operand stays whole."""
     net = Net(x=(2, 5, 6))
     for name in "qk":
         net.node("Einsum", ["x", net.rand(6, 3, 4, dead=(1,), axis=1)], name, equation="btc,chd->bthd")

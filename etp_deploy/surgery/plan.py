@@ -194,7 +194,7 @@ def layers(analysis: Analysis) -> list[Layer]:
             if structure is not None and single_label(structure[says.out_axis]):
                 dim = frame_dims(structure, says.out_axis)[0]
                 rows.append(_layer(analysis, says, (dim,), _kind(analysis, says), spare))
-        elif isinstance(says, Stacked) and says.active:
+        elif isinstance(says, Stacked) and says.active and says.made:
             # channels of a stack's matrices are counted one by one, wherever they stand
             rows.append(_layer(analysis, says, says.made, "neurons", spare))
         elif isinstance(says, Pointwise) and says.node.op_type == "Softmax":

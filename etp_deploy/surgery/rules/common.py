@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import numpy as np
     import onnx_ir as ir
 
-    from etp_deploy.surgery.statements.pointwise import AxisMap
+    from etp_deploy.surgery.statements.mapped import AxisMap
 
 
 def attribute(node: ir.Node, name: str, default: Any) -> Any:

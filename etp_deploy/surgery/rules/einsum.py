@@ -9,12 +9,13 @@ from etp_deploy.surgery.examples import computed, example, weight
 from etp_deploy.surgery.rules.registry import RefusedError, rule
 from etp_deploy.surgery.statements.base import array_of
 from etp_deploy.surgery.statements.moves import Permute
-from etp_deploy.surgery.statements.stacked import Names, Stacked
+from etp_deploy.surgery.statements.stacked import Stacked
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
     from etp_deploy.surgery.statements.base import Statement
+    from etp_deploy.surgery.statements.named import Names
 
 
 @rule(

@@ -25,7 +25,14 @@ if TYPE_CHECKING:
         example(computed(2, 3, 6), weight(6, 4)),
         example(computed(6), weight(6, 4)),
         example(weight(4, 6), computed(2, 6, 3)),
-        example(weight(4, 6), computed(6), removable=False),
+        example(weight(4, 6), computed(6)),
+        example(computed(2, 3, 6), weight(6)),
+        example(weight(6), computed(2, 6, 3)),
+        example(computed(6), weight(6)),
+        example(weight(3, 5, 6), computed(6)),
+        example(computed(2, 3, 6), computed(6)),
+        example(computed(6), computed(2, 6, 3)),
+        example(computed(6), computed(6)),
         example(computed(2, 3, 5, 4), computed(2, 3, 4, 5)),
         example(computed(2, 3, 6, 4), computed(3, 4, 5)),
         example(computed(2, 3, 5, 4), weight(3, 4, 5)),
@@ -34,7 +41,7 @@ if TYPE_CHECKING:
         example(computed(2, 6), weight(3, 6, 4)),
         example(computed(2, 1, 3, 6), weight(1, 4, 6, 5)),
         example(computed(2, 3, 4, 6), weight(2, 1, 6, 5)),
-        example(computed(6), weight(3, 6, 4), removable=False),
+        example(computed(6), weight(3, 6, 4)),
     ),
 )
 def matmul(node: ir.Node) -> Statement:
@@ -48,9 +55,7 @@ def matmul(node: ir.Node) -> Statement:
         axis = rank(node.inputs[1]) - 2
         weight = Weight(0, out=0, contracted=1)
         return Contraction(node, data=1, data_axis=axis, out_axis=axis, weight=weight, bias=None)
-    constant = first if second is None else second
-    one = first is None or second is None
-    if one and constant is not None and constant.ndim > 2 and min(map(rank, node.inputs)) > 1:
+    if (first is None) != (second is None):
         return stack(node, 0 if first is None else 1)
     return Product(node)
 

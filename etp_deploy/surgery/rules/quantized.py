@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from etp_deploy.surgery.statements.base import Statement
-    from etp_deploy.surgery.statements.pointwise import AxisMap
+    from etp_deploy.surgery.statements.mapped import AxisMap
 
 MICROSOFT = "com.microsoft"
 

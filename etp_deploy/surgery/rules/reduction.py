@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING
 from etp_deploy.surgery.examples import computed, example, indices, literal
 from etp_deploy.surgery.rules.common import attribute, constant_at, input_at, normal_axis, rank
 from etp_deploy.surgery.rules.registry import rule
-from etp_deploy.surgery.statements.pointwise import AxisMap, Constants, Pointwise
+from etp_deploy.surgery.statements.pointwise import Pointwise
 from etp_deploy.surgery.statements.reduction import Reduction
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
     from etp_deploy.surgery.statements.base import Statement
+    from etp_deploy.surgery.statements.mapped import AxisMap, Constants
 
 
 def _reduced(node: ir.Node) -> list[int]:

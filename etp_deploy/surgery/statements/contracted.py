@@ -21,6 +21,7 @@ from etp_deploy.surgery.statements.base import (
     array_of,
     set_plain,
 )
+from etp_deploy.surgery.statements.rows import shared
 from etp_deploy.surgery.statements.weights import Reads, Weight
 from etp_deploy.surgery.stored import stored
 
@@ -245,24 +246,32 @@ class Contracted(Statement):
     # constants that are read
 
     def _held(self, state: State) -> tuple[np.ndarray, np.ndarray]:
-        """Return which input channels are known constants, and their values, as (group, input of the group)."""
+        """Return which inputs are known constants in all rows, and their values, as (group, input of the group)."""
         if self._constants is None:
-            self._constants = self._read_constants(state)
+            self._constants = shared(*self._read_rows(state))
         return self._constants
 
-    def _read_constants(self, state: State) -> tuple[np.ndarray, np.ndarray]:
-        shape = (self.weight.groups, self.reads.shape[2])
+    def _read_rows(self, state: State) -> tuple[np.ndarray, np.ndarray]:
+        """Return what is known of each row of the axes that pass: where, and the values, as (row, group, input)."""
         constant = state.constant(self.data)
-        if constant is None or (not self._data_dims and constant.known.size > 1):
+        if constant is None:
+            shape = (1, self.weight.groups, self.reads.shape[2])
             return np.zeros(shape, bool), np.zeros(shape)
-        known = self._along_data(constant.known, np.logical_and)
-        low = self._along_data(constant.value, np.minimum).astype(np.float64)
-        high = self._along_data(constant.value, np.maximum).astype(np.float64)
+        known = self._by_row(constant.known, np.logical_and)
+        low = self._by_row(constant.value, np.minimum).astype(np.float64)
+        high = self._by_row(constant.value, np.maximum).astype(np.float64)
         known = known & (low == high)
-        if known.size == 1 and shape != (1, 1):
-            known, low = np.broadcast_to(known, shape), np.broadcast_to(low, shape)
-        known = known.reshape(shape)
-        return known, np.where(known, low.reshape(shape), 0.0)
+        return known, np.where(known, low, 0.0)
+
+    def _by_row(self, array: np.ndarray, reduce: np.ufunc) -> np.ndarray:
+        """Bring an array of the data's frame into (row of the axes that pass, group, input of the group)."""
+        dims = [own for own, _ in self._batch] + self._data_dims
+        array = np.broadcast_to(array, self._data_frame)
+        others = tuple(dim for dim in range(array.ndim) if dim not in dims)
+        array = np.transpose(reduce.reduce(array, axis=others), np.argsort(np.argsort(dims)))
+        rows = int(np.prod(array.shape[: len(self._batch)], dtype=np.int64))
+        inputs = self.weight.groups * self.reads.shape[2]
+        return np.broadcast_to(array.reshape(rows, -1), (rows, inputs)).reshape(rows, self.weight.groups, -1)
 
     def held(self, state: State) -> np.ndarray:
         """Return the constants of the input channels, 0 where not known, as (group, input of the group)."""

@@ -15,6 +15,7 @@ from etp_deploy.surgery.statements.base import (
 )
 from etp_deploy.surgery.statements.contraction_cut import CutContraction
 from etp_deploy.surgery.statements.pointwise import missing_rows
+from etp_deploy.surgery.statements.rows import distinct
 from etp_deploy.surgery.statements.weights import Reads
 from etp_deploy.surgery.stored import stored
 
@@ -37,22 +38,35 @@ class Contraction(CutContraction):
         if not self.active:
             return
         self._constants = None
-        known, value = self._held(state)
-        usable = known & (value == 0) if self._only_zeros() else known
-        read_unknown = self._reading(self.reads.outputs(~usable))
-        if read_unknown.all():
+        known, value = self._read_rows(state)
+        first, which = distinct(known, value)
+        read = [self._read_from(known[row], value[row]) for row in first]
+        held = np.stack([line for line, _ in read])[which]
+        if not held.any():
             return
-        result = self._sums(value).reshape(-1)
-        bias = array_of(self._bias_value())
-        ok = ~read_unknown.reshape(-1)
-        if bias is not None:
-            rows = bias.reshape(-1, bias.shape[-1] if bias.ndim else 1)
-            ok = ok & np.broadcast_to((rows == rows[:1]).all(axis=0), ok.shape)
-            result = result + rows[0].astype(np.float64)
+        result = self._finished(np.stack([line for _, line in read]))[which]
+        state.set_constant(self.out, self._in_out_frame(held), self._in_out_frame(result))
+
+    def _in_out_frame(self, array: np.ndarray) -> np.ndarray:
+        """Bring an array (row of the axes that pass, or one row for all; output channel) into the output's frame."""
+        passing = [target for _, target in self._batch]
         shape = [1] * len(self._out_frame)
-        shape[self._out_dim] = -1
-        if ok.size == self._out_frame[self._out_dim]:
-            state.set_constant(self.out, ok.reshape(shape), self._finished(result).reshape(shape))
+        for dim in (*(passing if len(array) > 1 else ()), self._out_dim):
+            shape[dim] = self._out_frame[dim]
+        places = [*passing, self._out_dim]
+        return np.transpose(array.reshape([shape[dim] for dim in places]), np.argsort(places)).reshape(shape)
+
+    def _read_from(self, known: np.ndarray, value: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return which outputs are constant where these inputs are, as (group, input), and their sums with the bias."""
+        usable = known & (value == 0) if self._only_zeros() else known
+        ok = ~self._reading(self.reads.outputs(~usable)).reshape(-1)
+        result = self._sums(value).reshape(-1) if ok.any() else np.zeros(ok.size)
+        bias = array_of(self._bias_value())
+        if bias is None:
+            return ok, result
+        rows = bias.reshape(-1, bias.shape[-1] if bias.ndim else 1)
+        ok = ok & np.broadcast_to((rows == rows[:1]).all(axis=0), ok.shape)
+        return ok, result + rows[0].astype(np.float64)
 
     def _only_zeros(self) -> bool:
         """Whether constants other than zero make an output that is not one."""

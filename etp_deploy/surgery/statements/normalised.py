@@ -9,7 +9,7 @@ import numpy as np
 from etp_deploy.surgery.shapes import axis_size, frame_dims, has_labels, single_label
 from etp_deploy.surgery.state import Cause, ConflictError, coordinates
 from etp_deploy.surgery.statements.base import Edit, SetAttribute, SetInput, SliceInput, array_of
-from etp_deploy.surgery.statements.pointwise import AxisMap, Pointwise
+from etp_deploy.surgery.statements.pointwise import Pointwise
 from etp_deploy.surgery.statements.slicing import cut
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from etp_deploy.surgery.shapes import Structure
     from etp_deploy.surgery.state import State
+    from etp_deploy.surgery.statements.mapped import AxisMap
 
 SCALE = 1
 

@@ -69,30 +69,30 @@ class Product(Statement):
         """Batch axes (heads) and the contracted axis are common; n and m pass to the output."""
         structures = [state.structure(value) for value in self.operands]
         shape = self.out.shape
-        if shape is None or any(s is None or len(s) < 2 for s in structures):
+        if shape is None or any(s is None for s in structures):
             for value in self.operands:
                 state.pin(value, None, "shapes are not known here", self.node)
             set_plain(state, self.out)
             return
         first, second = (self._exchanged(item or (), which) for which, item in enumerate(structures))
-        rank = max(len(first), len(second))
-        # common axes: batch 0 .. rank-3, then n, k, m
+        rank = max(2, len(first), len(second))
+        # common axes: batch 0 .. rank-3, then n, k, m; of a vector k alone
         roles = (
-            (*range(rank - len(first), rank - 2), rank - 2, rank - 1),
-            (*range(rank - len(second), rank - 2), rank - 1, rank),
+            (*range(rank - len(first), rank - 2), rank - 2, rank - 1)[-len(first) :],
+            (*range(rank - len(second), rank - 2), rank - 1, rank)[: len(second)],
         )
-        common: list[Axis] = [
+        self.common: Structure = tuple(
             self._common_axis(state, axis, (first, second), roles) for axis in range(rank + 1)
-        ]
-        self.common = tuple(common)
-        self.roles = (*roles, (*range(rank - 2), rank - 2, rank))
+        )
+        made = [role for role in (rank - 2, rank) if role in (*roles[0], *roles[1][-1:])]
+        self.roles = (*roles, (*range(rank - 2), *made))
         base = plain(shape)
         out = tuple(
-            common[role] if has_labels(common[role]) else base[axis]
+            self.common[role] if has_labels(self.common[role]) else base[axis]
             for axis, role in enumerate(self.roles[2])
         )
         state.set_structure(self.out, out)
-        self.active = any(has_labels(axis) for axis in common)
+        self.active = any(has_labels(axis) for axis in self.common)
         self.structures = tuple(
             self._adapted(s, role, whole=value is not self.out and is_parameter(value))
             for value, s, role in zip(
@@ -383,7 +383,7 @@ class Product(Statement):
         if not np.array_equal(low, high):
             raise ConflictError([self.out, *self.operands])
         order = [dim for common in self.roles[2] for dim in self._dims(common)]
-        moved = np.transpose(low, [*order, *contracted])
+        moved = np.transpose(low, [*order, *(dim for dim in range(low.ndim) if dim not in order)])
         return moved.reshape(moved.shape[: len(order)])
 
     def _cuts(self, state: State, which: int) -> tuple[dict[int, np.ndarray], list[tuple[int, int]]]:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from etp_deploy.surgery.state import State
     from etp_deploy.surgery.statements.base import Edit
-    from etp_deploy.surgery.statements.pointwise import AxisMap
+    from etp_deploy.surgery.statements.mapped import AxisMap
     from etp_deploy.surgery.statements.weights import Weight
 
 
@@ -98,17 +98,14 @@ class IntegerContraction(Contraction):
     def _weighted(self, value: np.ndarray, form: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
         return super()._weighted(value, form) * self.sum_scale
 
-    def _read_constants(self, state: State) -> tuple[np.ndarray, np.ndarray]:
+    def _read_rows(self, state: State) -> tuple[np.ndarray, np.ndarray]:
         """Read constants less the zero point; where that is computed, only zeros are known."""
         zero = input_of(self.node, self.zeros[0])
         if zero is not None and not is_parameter(zero):
-            shape = (self.weight.groups, self.reads.shape[2])
             centred = _centred(state, self.data, zero)
-            if centred is None or (not self._data_dims and centred.size > 1):
-                return np.zeros(shape, bool), np.zeros(shape)
-            known = self._along_data(centred, np.logical_and)
-            return np.broadcast_to(known, shape[0] * shape[1]).reshape(shape), np.zeros(shape)
-        known, value = super()._read_constants(state)
+            known = self._by_row(np.zeros((), bool) if centred is None else centred, np.logical_and)
+            return known, np.zeros(known.shape)
+        known, value = super()._read_rows(state)
         point = array_of(zero)
         return known, value if point is None else np.where(known, value - float(point.reshape(-1)[0]), 0.0)
 

@@ -9,7 +9,7 @@ import numpy as np
 from etp_deploy.surgery.shapes import ONE, axis_size, frame, frame_dims, has_labels, single_label
 from etp_deploy.surgery.state import Cause, ConflictError
 from etp_deploy.surgery.statements.base import Affine, Edit
-from etp_deploy.surgery.statements.pointwise import AxisMap, Constants, Pointwise, missing_rows
+from etp_deploy.surgery.statements.pointwise import Pointwise, missing_rows
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from etp_deploy.surgery.shapes import Structure
     from etp_deploy.surgery.state import State
+    from etp_deploy.surgery.statements.mapped import AxisMap, Constants
 
 Kind = Literal["sum", "mean", "norm"]
 """A norm loses only what is known to be zero."""

@@ -13,7 +13,6 @@ from etp_deploy.surgery.shapes import (
 )
 from etp_deploy.surgery.state import ConflictError, coordinates
 from etp_deploy.surgery.statements.base import (
-    Bypass,
     Edit,
     SetAttribute,
     SetInput,
@@ -32,6 +31,8 @@ if TYPE_CHECKING:
 
 
 SPLIT_INPUT_OPSET = 13
+# the input of a Slice that holds its steps
+STEPS = 4
 
 
 class Select(Selected):
@@ -56,7 +57,7 @@ class Select(Selected):
                 layout = self._join(state, number, pieces, dim)
             if not np.array_equal(np.sort(layout, axis=None), np.flatnonzero(state.mask(out))):
                 raise ConflictError([out, *self._live()])
-            state.layouts[out] = np.squeeze(layout, dim) if self.drop else layout
+            state.layouts[out] = layout
 
     def _columns(self, state: State, index: int, indices: np.ndarray) -> np.ndarray:
         """Return which places along the reduced axis hold the wanted indices; the same in every row."""
@@ -69,11 +70,8 @@ class Select(Selected):
         if not np.array_equal(low, high):
             raise ConflictError([value, *self.node.outputs])
         columns = np.flatnonzero(low)
-        if self.how == "gather":
-            order = np.take(coordinate, columns, axis=dim)
-            first = order[tuple(0 if other != dim else slice(None) for other in range(order.ndim))]
-            rank = {int(position): place for place, position in enumerate(indices)}
-            columns = columns[np.argsort([rank[int(position)] for position in first])]
+        if self.how == "slice" and len(indices) > 1 and indices[1] < indices[0]:
+            return columns[::-1]
         return columns
 
     def _piece_layout(
@@ -100,10 +98,6 @@ class Select(Selected):
             coords = [np.broadcast_to(coordinate, counts) for coordinate in coords]
             steps = np.arange(len(indices)).reshape([-1 if d == dim else 1 for d in range(len(counts))])
             coords[dim] = np.broadcast_to(where.start + steps, counts)
-        if self.drop:
-            coords = [np.squeeze(c, dim) for d, c in enumerate(coords) if d != dim]
-            flat = np.ravel_multi_index(tuple(coords), out_frame) if coords else np.zeros((), np.int64)
-            return np.expand_dims(flat, dim)
         return np.ravel_multi_index(tuple(coords), out_frame)
 
     def _join(self, state: State, number: int, pieces: list[np.ndarray | None], dim: int) -> np.ndarray:
@@ -119,7 +113,7 @@ class Select(Selected):
             if piece is not None:
                 joined.append(piece)
                 continue
-            mask = state.mask(out)[(slice(None),) * dim + (where,)] if not self.drop else state.mask(out)
+            mask = state.mask(out)[(slice(None),) * dim + (where,)]
             others = tuple(other for other in range(mask.ndim) if other != dim)
             columns = np.flatnonzero(mask.any(axis=others))
             counts = list(live[0].shape)
@@ -147,6 +141,7 @@ class Select(Selected):
                 start += len(columns)
             else:
                 good = len(columns) > 0 and bool((steps == steps[0]).all() if len(steps) else True)
+                good &= "starts" not in self.node.attributes or not (steps != 1).any()
             if not good:
                 raise ConflictError([*self._live(), *self.node.outputs])
 
@@ -161,11 +156,6 @@ class Select(Selected):
             return
         if self.how == "split":
             yield from self._split_edits([self._count(state, number) for number in range(len(self.parts))])
-        elif self.how == "gather":
-            edit = self._gather_edit(state)
-            yield edit
-            if self._is_all(state, edit.array):
-                yield Bypass()
         elif self.how == "slice":
             yield from self._slice_edits(state)
 
@@ -180,25 +170,32 @@ class Select(Selected):
         out = self.node.outputs[number]
         return int(state.layouts[out].shape[self._dim(self.parts[number][0][0])])
 
-    def _is_all(self, state: State, indices: np.ndarray) -> bool:
-        """Return whether indices are all that is left along the axis, in order."""
-        index, _ = self.parts[0][0]
-        count = state.layouts[self._inputs()[index]].shape[self._dim(index)]
-        return np.array_equal(indices, np.arange(count))
-
-    def _gather_edit(self, state: State) -> SetInput:
-        index, indices = self.parts[0][0]
-        columns = self._columns(state, index, indices)
-        old = array_of(self.node.inputs[1])
-        assert old is not None
-        return SetInput(1, columns.reshape(() if self.drop else (-1,)).astype(old.dtype))
-
     def _slice_edits(self, state: State) -> Iterator[Edit]:
         index, indices = self.parts[0][0]
         columns = self._columns(state, index, indices)
         step = int(columns[1] - columns[0]) if len(columns) > 1 else 1
-        stop = int(columns[-1]) + step
-        yield SetSlice(self.axis, int(columns[0]), stop, step)
+        start, stop = int(columns[0]), int(columns[-1]) + step
+        if stop < 0:
+            # -1 would be the last index
+            stop = np.iinfo(np.int32).min
+        if "starts" in self.node.attributes:
+            yield from self._attribute_edits(start, stop)
+            return
+        if step != 1 and (len(self.node.inputs) <= STEPS or self.node.inputs[STEPS] is None):
+            starts = array_of(self.node.inputs[1])
+            assert starts is not None
+            yield SetInput(STEPS, np.ones_like(starts))
+        yield SetSlice(self.axis, start, stop, step)
+
+    def _attribute_edits(self, start: int, stop: int) -> Iterator[Edit]:
+        """Set the bounds along the axis where they are attributes, before opset 10."""
+        given = self.node.attributes
+        starts, ends = list(given.get_ints("starts", ())), list(given.get_ints("ends", ()))
+        axes = given.get_ints("axes", range(len(starts)))
+        place = next(place for place, axis in enumerate(axes) if axis % len(self.own[0]) == self.axis)
+        starts[place], ends[place] = start, stop
+        yield SetAttribute("starts", tuple(starts))
+        yield SetAttribute("ends", tuple(ends))
 
     def _parameter_edits(self, state: State) -> Iterator[Edit]:
         for number, out in enumerate(self.node.outputs):

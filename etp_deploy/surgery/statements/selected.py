@@ -45,7 +45,7 @@ class Selected(Statement):
         axis: the input axis.
         parts: for each output, the pieces that it is made of, in order: input number and its indices.
         drop: whether the output loses the axis (Gather with a scalar).
-        how: what the rewrite has to change: nothing, the split sizes, the slice's bounds, or the indices.
+        how: what the rewrite has to change: nothing, the split sizes, or the slice's bounds.
     """
 
     def __init__(
