@@ -310,6 +310,13 @@ def test_the_force_acts_once(method, plan):
         getattr(force, method)()
 
 
+def test_a_penalty_to_look_at_is_none_in_the_loss(plan):
+    """Without gradients nothing acts twice, and a log may have the number."""
+    force = Scheduled(TorqueRegularizer(network(), groups=plan[1]))
+    with torch.no_grad():
+        assert float(force.penalty()) == float(force.regularizer.penalty()) > 0
+
+
 def test_schedule():
     """Warm-up, ramp, full strength, half a cosine down, nothing after."""
     schedule = Schedule(100, warmup=0.1, ramp=0.2, anneal=0.4)

@@ -73,7 +73,11 @@ def test_two_processes_reach_the_target_with_the_same_dead_set(how, case, alone,
 @pytest.mark.parametrize(
     ("how", "case"),
     [
-        *((how, case) for how in ("ddp", "fsdp") for case in ("gradients", "gradients_l2", "mean_l1")),
+        *(
+            (how, case)
+            for how in ("ddp", "fsdp")
+            for case in ("gradients", "gradients_l2", "gradients_mean_l1", "mean_l1")
+        ),
         *((how, case) for how in ("ddp", "ddp, gradients in buckets") for case in ("inside", "inside_l2")),
     ],
 )

@@ -128,6 +128,7 @@ CASES = {
     "landing": ({"target": True, "beta": 0.02}, 4),
     "gradients": ({"method": "etp", "beta": 1e-3, "proximal": False}, 1),
     "gradients_l2": ({"method": "group_lasso", "beta": 2e-3, "proximal": False}, 1),
+    "gradients_mean_l1": ({"method": "etp_reference", "beta": 1e-2, "proximal": False}, 1),
     "mean_l1": ({"method": "etp_reference", "beta": 1e-2}, 1),
     "inside": ({"method": "etp", "beta": 1e-3, "proximal": False, "inside": True}, 1),
     "inside_l2": ({"method": "group_lasso", "beta": 2e-3, "proximal": False, "inside": True}, 1),

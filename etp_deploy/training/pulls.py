@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
-
-from etp_deploy.training.layout import rows
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -65,30 +62,13 @@ class Pull:
         lines = self.layout.spread(self.coefficients(sizes) * scale, weights)
         for number, (weight, own) in enumerate(zip(weights, lines, strict=True)):
             gradient = weights.gradient(number)
-            if gradient is not None:
-                self.added(gradient, weight, own, gradient)
-
-    def added(self, gradient: Tensor, weight: Tensor, lines: Sequence[Tensor], out: Tensor | None) -> Tensor:
-        """Return a gradient of one weight plus this one.
-
-        Args:
-            gradient: what is there.
-            weight: the weight.
-            lines: the coefficients along its lines.
-            out: where the sum goes; a new tensor where None.
-        """
-        factor = _sum(lines)
-        if gradient.dtype != factor.dtype:
-            return torch.add(gradient, self.gradient(weight, lines), out=out)
-        if not self._absolute:
-            return torch.addcmul(gradient, weight, factor, out=out)
-        total = torch.empty_like(gradient) if out is None else out
-        count = rows(weight)
-        pieces = zip(*(torch.split(tensor, count) for tensor in (total, gradient, weight)), strict=True)
-        factors = torch.split(factor, count) if len(factor) > 1 else itertools.repeat(factor)
-        for (sums, own, part), coefficients in zip(pieces, factors, strict=False):
-            torch.addcmul(own, part.sign(), coefficients, out=sums)
-        return total
+            if gradient is None:
+                continue
+            factor = _sum(own)
+            if gradient.dtype == factor.dtype:
+                gradient.addcmul_(weight.sign() if self._absolute else weight, factor)
+            else:
+                gradient.add_(self.gradient(weight, own))
 
     def gradient(self, weight: Tensor, lines: Sequence[Tensor]) -> Tensor:
         """Return the gradient of one weight, given its coefficients along its lines."""

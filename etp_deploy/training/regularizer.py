@@ -167,9 +167,7 @@ class TorqueRegularizer(Modules):
         """Return `beta` times the torque of all modules: a differentiable scalar, in float32 or better.
 
         Source: section "Exponential torque" of the paper; add it to the loss of each step. Its gradient is
-        computed in closed form and joins the rest of each weight's as the backward pass makes it. Beside
-        `add_gradients` it costs the pass over the weights that its value takes; where a weight has hooks, or
-        gradients are returned or differentiated again, autograd adds a gradient of the weight's size.
+        computed in closed form, in one pass over the weights, and cannot be differentiated again.
 
         Raises:
             UsageError: the network is sharded.

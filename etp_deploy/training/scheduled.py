@@ -87,10 +87,13 @@ class Scheduled:
     def penalty(self) -> Tensor:
         """Return the regulariser's penalty while there is force, zero after; for the loss, with `proximal=False`.
 
+        Under `torch.no_grad()` it is a number to look at, however the force is applied.
+
         Raises:
             UsageError: `step` shrinks the weights, and the force would act twice.
         """
-        self._check_once("penalty")
+        if torch.is_grad_enabled():
+            self._check_once("penalty")
         self._set_beta()
         if self.done:
             return torch.zeros((), device=next(self.regularizer.model.parameters()).device)
