@@ -75,6 +75,16 @@ def test_inspect_and_compress_count_all_rounds(tmp_path):
 
 
 @pytest.mark.usefixtures("one_round")
+def test_what_nothing_uses_goes_where_nothing_else_does():
+    """A model in which nothing is dead loses the node that leads nowhere; one without such a node is left alone."""
+    net = Net(x=(2, 6))
+    net.node("MatMul", ["x", net.rand(6, 4)], "y")
+    alone = net.case("y")
+    assert shrunk(alone.model) is alone.model
+    net.node("MatMul", ["x", net.rand(6, 3)], "nowhere")
+    assert sizes(net.case("y")) == (24 + 18, 24, 24)
+
+
 def test_a_stack_of_matrices_behind_a_dead_tensor():
     """Weights that are taken for zeros make constants, which a stack of matrices reads as such."""
     net = Net(x=(2, 3, 5))

@@ -438,10 +438,10 @@ def pinned_by(node):
 
 def test_an_operator_without_a_rule_is_named(tmp_path):
     """What is not known stays, and the explanation names it."""
-    net = pinned_by(lambda net: net.node("CumSum", ["a", np.array(2)], "b"))
+    net = pinned_by(lambda net: net.node("CastLike", ["a", np.float32([1])], "b"))
     case = net.case("c")
     assert shrunk(case.model) is case.model
-    assert "CumSum" in explained(case, tmp_path, "a")
+    assert "CastLike" in explained(case, tmp_path, "a")
 
 
 def test_an_output_of_the_model_stays(tmp_path):

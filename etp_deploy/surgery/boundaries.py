@@ -53,6 +53,14 @@ def remove_unused(model: ir.Model) -> None:
         passes.RemoveUnusedNodesPass()(model)
 
 
+def without_unused(model: ir.Model) -> ir.Model:
+    """Return the model without nodes and initializers that nothing uses; the model itself where there are none."""
+    trimmed = model.clone()
+    removed = passes.RemoveUnusedNodesPass()(trimmed).modified
+    remove_unused(trimmed)
+    return trimmed if removed else model
+
+
 def _detach(model: ir.Model) -> bool:
     """Let nodes that stand in no graph of the model read nothing; say whether there were any."""
     graphs = list(model.graphs())

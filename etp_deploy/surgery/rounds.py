@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from etp_deploy.surgery.boundaries import without_unused
 from etp_deploy.surgery.plan import plan
 from etp_deploy.surgery.prepare import prepare
 from etp_deploy.surgery.rewrite import restore_interface, rewrite
@@ -29,7 +30,7 @@ class Rest:
     """What a removal leaves.
 
     Attributes:
-        model: what is left; the original where nothing could go.
+        model: what is left; the original where nothing could go and everything is used.
         layers: a row for each layer, with how many there were in the original.
         analysis: of what is left, where more than the first plan went; None where that was all.
     """
@@ -52,7 +53,7 @@ def carry_out(prepared: ir.Model, removal: RemovalPlan, original: ir.Model, fill
         PlanError: where channels that stay cannot be lined up.
     """
     if not removal.edits:
-        return Rest(original, removal.layers, None)
+        return Rest(without_unused(original), removal.layers, None)
     rows, further = removal.layers, False
     for _ in range(MOST_ROUNDS):
         rewrite(prepared, removal.edits)
