@@ -89,3 +89,15 @@ def test_rows_that_are_picked_batch_by_batch():
     net.node("GatherND", ["h", np.array([[[0], [3]], [[4], [4]]])], "g", batch_dims=1)
     net.node("MatMul", ["g", net.rand(6, 2)], "z")
     assert gained(net.case("z")) == (24 + 12, 16 + 8)
+
+
+def test_channels_by_gather_nd():
+    """`x[..., [0, 0, 4, 2]]` as it is exported; of four channels taken the fourth is read by nobody, the third dead."""
+    net = Net(x=(2, 3, 4))
+    net.node("MatMul", ["x", net.rand(4, 6, dead=(4,), axis=1)], "m")
+    net.node("Add", ["m", net.rand(6)], "h")
+    net.node("Transpose", ["h"], "first", perm=[2, 0, 1])
+    net.node("GatherND", ["first", np.array([[0], [-6], [4], [2]])], "g")
+    net.node("Transpose", ["g"], "last", perm=[1, 2, 0])
+    net.node("MatMul", ["last", net.rand(4, 2, dead=(3,))], "a")
+    assert gained(net.case("a")) == (24 + 6 + 8, 4 + 1 + 4 + 2)

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 # what was an attribute before opset 10, by the input that it is now; steps came with the inputs
 BOUNDS = {1: "starts", 2: "ends", 3: "axes", 4: "steps"}
 
+# the rank of a GatherND's indices that pick along one axis, each index by itself
+PICKING = 2
+
 
 @rule(
     "GatherND",
@@ -42,12 +45,16 @@ BOUNDS = {1: "starts", 2: "ends", 3: "axes", 4: "steps"}
         example(computed(2, 5, 6), indices(3, 2, below=2, copied=True)),
         example(computed(2, 5, 6), indices(2, 3, 1, below=5), batch_dims=1),
         example(computed(6, 4, 5), indices(6, 3, 2, below=4, copied=True), batch_dims=1),
+        example(computed(6, 4), literal([[4], [0], [-1], [0]])),
     ),
 )
 def gather_nd(node: ir.Node) -> Statement:
     """y[b..., ..., rest] = x[b..., indices[b..., ...], rest]"""
     data, indices = rank(node.inputs[0]), rank(node.inputs[1])
     batch, depth = int(attribute(node, "batch_dims", 0)), static(node.inputs[1], indices - 1)
+    places = array_of(node.inputs[1])
+    if places is not None and places.ndim == 1 + depth == PICKING and not batch:
+        return gather_channels(node, 0, places.reshape(-1))
     rest = batch + depth
     axes = tuple(
         own if own < batch else None if own < rest else own - rest + indices - 1 for own in range(data)
@@ -210,9 +217,8 @@ def _cuts(node: ir.Node, axis: int, places: slice) -> bool:
     return not (places.start == 0 and places.step == 1 and places.stop >= np.iinfo(np.int32).max)
 
 
-def gather_channels(node: ir.Node, axis: int) -> Statement:
+def gather_channels(node: ir.Node, axis: int, indices: np.ndarray) -> Statement:
     """y[..., j, ...] = x[..., indices[j], ...] with constant indices"""
-    indices = constant_at(node, 1, "its indices are")
     data = node.inputs[0]
     size = data.shape[axis] if data is not None and data.shape is not None else None
     if indices.ndim > 1 or not isinstance(size, int):
@@ -249,7 +255,7 @@ def gather(node: ir.Node) -> Statement:
     data = node.inputs[0]
     axis = normal_axis(int(attribute(node, "axis", 0)), rank(data))
     if array_of(node.inputs[1]) is not None and array_of(data) is None:
-        return gather_channels(node, axis)
+        return gather_channels(node, axis, constant_at(node, 1, "its indices are"))
     between = rank(node.inputs[1])
     places = tuple(
         None if own == axis else (own if own < axis else own + between - 1) for own in range(rank(data))

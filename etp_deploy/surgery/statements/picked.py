@@ -104,7 +104,8 @@ class Picked(Selected):
         _, places = self._places(state)
         old = array_of(self.node.inputs[1])
         assert old is not None
-        yield SetInput(1, places.reshape(() if self.drop else (-1,)).astype(old.dtype))
+        shape = () if self.drop else (-1, *old.shape[1:])
+        yield SetInput(1, places.reshape(shape).astype(old.dtype))
         count = state.layouts[self.data].shape[self._dim(0)]
         if not self.drop and np.array_equal(places, np.arange(count)):
             yield Bypass()

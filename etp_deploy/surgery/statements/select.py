@@ -136,7 +136,9 @@ class Select(Selected):
             index, indices = self.parts[number][0]
             columns = self._columns(state, index, indices)
             steps = np.diff(columns)
-            if self.how == "split":
+            if not len(indices):
+                good = True  # nothing was taken, and nothing is
+            elif self.how == "split":
                 good = len(columns) > 0 and columns[0] == start and bool((steps == 1).all())
                 start += len(columns)
             else:
@@ -173,6 +175,8 @@ class Select(Selected):
     def _slice_edits(self, state: State) -> Iterator[Edit]:
         index, indices = self.parts[0][0]
         columns = self._columns(state, index, indices)
+        if not len(columns):
+            return  # what is empty stays that, however few indices are left
         step = int(columns[1] - columns[0]) if len(columns) > 1 else 1
         start, stop = int(columns[0]), int(columns[-1]) + step
         if stop < 0:

@@ -196,6 +196,9 @@ class Selected(Statement):
         for number, value in enumerate(self.node.outputs):
             known, values = [], []
             for index, indices, _ in self._pieces(number):
+                array = array_of(self._inputs()[index])
+                if not self.along and array is not None and not array.size:
+                    continue  # rows of which there are none are not other ones
                 piece = self._constant_piece(state, index)
                 dim = self._dim(index)
                 known.append(self._get(piece[0], indices, dim, self._labelled_here(index)))
@@ -217,6 +220,8 @@ class Selected(Statement):
         if array is not None:
             split = array.reshape([f.size.coefficient for axis in self.own[index] for f in axis])
             others = tuple(dim for dim, extent in enumerate(shape) if split.shape[dim] != extent)
+            if not split.size:
+                return np.ones(shape, bool), np.zeros(shape, array.dtype)
             low, high = split.min(axis=others, keepdims=True), split.max(axis=others, keepdims=True)
             return low == high, low
         constant = state.constant(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -72,11 +73,17 @@ class Weight:
             return grouped.reshape(groups, outputs, 1, -1)
         if self.groups > 1 or len(known) < len(sizes):
             return grouped.reshape(groups, outputs, grouped.shape[2], -1)
-        split = grouped.reshape(groups, outputs, *known, -1)
+        inner = int(np.prod(known))
+        # of no channels there is nothing that a size could be told from
+        split = grouped.reshape(
+            groups, outputs, *known, math.prod(grouped.shape[2:]) // inner if inner else 1
+        )
         order = [place + 2 for place, factor in enumerate(axis) if factor.labelled]
         rest = [place + 2 for place, factor in enumerate(axis) if not factor.labelled]
         labels = int(np.prod([factor.size.coefficient for factor in axis if factor.labelled]))
-        return np.transpose(split, [0, 1, *order, *rest, split.ndim - 1]).reshape(groups, outputs, labels, -1)
+        turned = np.transpose(split, [0, 1, *order, *rest, split.ndim - 1])
+        left = int(np.prod([split.shape[place] for place in (*rest, -1)]))
+        return turned.reshape(groups, outputs, labels, left)
 
 
 class Reads:
