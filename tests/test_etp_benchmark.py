@@ -208,7 +208,7 @@ def test_the_order_makes_the_table_useful_early():
     order = [(task.name, seed) for task, _, seed in run.rounds(list(TASKS.values()), list(methods.METHODS))]
     assert order[: len(TASKS)] == [(name, 0) for name in TASKS]
     assert ("vision-vgg", 2) in order
-    assert ("language-bert", 1) not in order
+    assert {seed for _, _, seed in run.rounds([TINY], list(methods.METHODS))} == {0}
 
 
 def test_all_methods_have_as_much_to_choose_from():
