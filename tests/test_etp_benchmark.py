@@ -101,6 +101,7 @@ def test_the_report_says_what_was_found(finished):
     assert "80 of 80" in text
 
 
+@pytest.mark.parametrize("name", ["etp", "etp-index"])
 @pytest.mark.parametrize(
     ("ours", "theirs", "outcome", "clear"),
     [
@@ -109,19 +110,19 @@ def test_the_report_says_what_was_found(finished):
         ([0.8, 0.81, 0.82], [0.9, 0.91, 0.92], "behind", True),
     ],
 )
-def test_verdicts(ours, theirs, outcome, clear):
+def test_verdicts(name, ours, theirs, outcome, clear):
     """Ahead and behind are told apart, and from what lies within the spread of the seeds."""
     rows = [
         {
-            "method": name,
+            "method": method,
             "speedup": 4.0,
             "seeds": 3,
             "mean": sum(values) / 3,
             "spread": report.statistics.stdev(values),
         }
-        for name, values in (("etp", ours), ("lasso", theirs))
+        for method, values in ((name, ours), ("lasso", theirs))
     ]
-    found = report._verdict(TINY, rows, 4.0)
+    found = report._verdict(TINY, rows, 4.0, name)
     assert (found["outcome"], found["clear"], found["best_other"]) == (outcome, clear, "lasso")
 
 
