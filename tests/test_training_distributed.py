@@ -1,19 +1,13 @@
 """Two processes prune what one does: data parallel, sharded, resumed."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import onnx
 import pytest
 import torch
 import two_processes
+from torchrun import in_two_processes
 
 from etp_deploy.training.recording import read_rows
-
-SCRIPT = Path(two_processes.__file__)
 
 
 @pytest.fixture(scope="module")
@@ -29,15 +23,7 @@ def alone():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Where two processes left what they found."""
-    place = tmp_path_factory.mktemp("processes")
-    paths = os.pathsep.join([str(SCRIPT.parents[1]), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*command, SCRIPT, place], capture_output=True, text=True, check=False, env=environment, timeout=240
-    )
-    assert done.returncode == 0, done.stderr
-    return place
+    return in_two_processes(two_processes.__file__, tmp_path_factory.mktemp("processes"))
 
 
 @pytest.fixture(scope="module")

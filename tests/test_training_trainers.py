@@ -1,30 +1,17 @@
 """Lightning's and Hugging Face's own data parallel training: two processes prune what one does."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import test_training_integrations as alone
 import torch
 import two_processes
 import two_trainers
-
-SCRIPT = Path(two_trainers.__file__)
+from torchrun import in_two_processes
 
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory):
     """What each of two processes found."""
-    place = tmp_path_factory.mktemp("trainers")
-    paths = os.pathsep.join([str(SCRIPT.parents[1]), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*command, SCRIPT, place], capture_output=True, text=True, check=False, env=environment, timeout=240
-    )
-    assert done.returncode == 0, done.stderr
+    place = in_two_processes(two_trainers.__file__, tmp_path_factory.mktemp("trainers"))
     return [torch.load(place / f"answers-{rank}.pt", weights_only=False) for rank in range(2)]
 
 
