@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-WIDTH, HEIGHT, LEFT, TOP, LEGEND = 640, 360, 56, 34, 190
+WIDTH, HEIGHT, LEFT, TOP, LEGEND = 670, 360, 56, 34, 220
 _COLOURS = ("#555555", "#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#8c564b", "#e377c2", "#ff7f0e", "#17becf")
 
 
 @dataclass(frozen=True)
 class Series:
-    """One method: its name, and for each point its place, its value and the value's spread."""
+    """One method: its name, its colour's number, and for each point its place, its value and the value's spread."""
 
     title: str
+    colour: int
     points: tuple[tuple[float, float, float], ...]
 
 
@@ -40,16 +41,17 @@ def scatter(series: Sequence[Series], title: str, x_label: str, y_label: str) ->
         y = up.at(value)
         drawn.append(f'<line x1="{LEFT}" x2="{WIDTH - LEGEND}" y1="{y:.1f}" y2="{y:.1f}" stroke="#dddddd"/>')
         drawn.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:.4g}</text>')
-    for value in (1, 2, 4, 9, 16):
+    for value in (1, 2, 3, 4, 6, 9, 16):
         if across.low <= math.log2(value) <= across.high:
             x = across.at(math.log2(value))
             drawn.append(f'<text x="{x:.1f}" y="{HEIGHT - 28}" text-anchor="middle">{value}x</text>')
     for place, one in enumerate(series):
-        drawn += _drawn(one, _COLOURS[place % len(_COLOURS)], across, up, place)
+        drawn += _drawn(one, across, up, place)
     return "\n".join([*drawn, "</svg>"]) + "\n"
 
 
-def _drawn(one: Series, colour: str, across: _Axis, up: _Axis, place: int) -> list[str]:
+def _drawn(one: Series, across: _Axis, up: _Axis, place: int) -> list[str]:
+    colour = _COLOURS[one.colour % len(_COLOURS)]
     places = [
         (across.at(math.log2(x)), up.at(y), up.at(y - s), up.at(y + s)) for x, y, s in sorted(one.points)
     ]

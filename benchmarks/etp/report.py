@@ -273,6 +273,7 @@ def plots(found: Document) -> dict[str, str]:
     rows = [row for row in found["rows"] if "mean" in row]
     names = list(dict.fromkeys(row["method"] for row in rows))
     titles = {name: "dense" if name == "dense" else METHODS[name].title for name in names}
+    colours = ["dense", *METHODS]  # a method has the same in all plots
 
     def series(place: str) -> list[Series]:
         found = []
@@ -285,7 +286,9 @@ def plots(found: Document) -> dict[str, str]:
             ]
             values = [factor * row["mean"] for row in own if place == "macs" or row["timing"]]
             spreads = [factor * (row["spread"] or 0) for row in own if place == "macs" or row["timing"]]
-            found.append(Series(titles[name], tuple(zip(at, values, spreads, strict=True))))
+            found.append(
+                Series(titles[name], colours.index(name), tuple(zip(at, values, spreads, strict=True)))
+            )
         return [one for one in found if one.points]
 
     metric = f"{found['metric']}{', %' if found['higher_is_better'] else ''}"
