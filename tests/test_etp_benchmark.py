@@ -237,6 +237,6 @@ def test_strength_one_is_what_the_first_module_that_has_to_go_needs(name, speedu
     for unit in network.units():
         dead = force.regularizers[unit.group.name].scores()[unit.group.name] == 0
         count = len(dead)
-        staying = max(unit.least(network), round(setting.share * count))
+        staying = max(unit.least(network), round(force.share * count))
         wanted = count if name == "lasso" else count - staying
         assert int(dead.sum()) == wanted

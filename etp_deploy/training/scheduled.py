@@ -40,6 +40,16 @@ class Update:
     done: bool
 
 
+def check_every(every: int | None) -> None:
+    """Refuse what is no number of steps between two updates; None is after each epoch.
+
+    Raises:
+        UsageError: it is not positive.
+    """
+    if every is not None and every < 1:
+        raise UsageError(f"an update after every {every} steps", where="every", hint="at least 1, or None")
+
+
 class Scheduled:
     """A force for as long as its schedule says; at each update the dead are frozen. A `Controller` has a target too.
 
