@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import distributed, nn
+from torchrun import leave_group
 
 from etp_deploy.errors import EtpError, UsageError
 from etp_deploy.training import Blueprint, Controller, Cost, Recorder, Scheduled, coupled_groups, make
@@ -274,7 +275,7 @@ def main(folder):
     answers["disagreement"] = disagreement(planned[1])
     answers["refusals"] = refusals(planned)
     torch.save(answers, Path(folder, f"answers-{distributed.get_rank()}.pt"))
-    distributed.destroy_process_group()
+    leave_group()
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import torch
 import two_processes
 from torch import distributed
 from torch.utils.data import DataLoader, DistributedSampler
+from torchrun import leave_group
 
 from etp_deploy.training import huggingface, lightning
 from etp_deploy.training.shards import whole
@@ -65,14 +66,14 @@ def main(folder):
     torch.set_num_threads(1)
     plan, data = two_processes.plan(), alone.samples()
     answers = {"lightning": lightning_ddp(plan, data, folder)}
-    distributed.destroy_process_group()
+    leave_group()
     # the first group has used up what torchrun lets processes meet at
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     store = Path(folder, "store").as_uri()
     distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
     answers["hugging face"] = hugging_face_ddp(plan, data, folder)
     torch.save(answers, Path(folder, f"answers-{rank}.pt"))
-    distributed.destroy_process_group()
+    leave_group()
 
 
 if __name__ == "__main__":
