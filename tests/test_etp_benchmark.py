@@ -55,7 +55,9 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("etp")
     results = run.Results(folder / "tiny.jsonl")
     # too weak to bring anything to zero, so that what goes is what the ranking takes
-    weak = replace(methods.METHODS["etp"], choices=(methods.Choice(0.1), methods.Choice(0.1, "kept")))
+    weak = replace(
+        methods.METHODS["etp"], choices=(methods.Choice(0.1, "norm"), methods.Choice(0.1, "sensitivity"))
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(methods.METHODS, "etp", weak)
         run.Experiment(TINY, results, folder / "runs", bench_seconds=0).run(["etp"], 0)
@@ -73,7 +75,7 @@ def test_a_cell_end_to_end(finished):
     assert found["onnx"]["macs"]["compressed"] == found["macs"]["pruned"]
     assert found["onnx"]["macs"]["exported"] == found["macs"]["dense"] == cells["dense"]["macs"]["pruned"]
     assert found["equality"]["equal"] == found["equality"]["examples"] == 80
-    assert (found["strength"], found["steepness"]) in {(0.1, ""), (0.1, "kept")}
+    assert (found["strength"], found["variant"]) in {(0.1, "norm"), (0.1, "sensitivity")}
 
 
 def test_what_is_finished_is_not_run_again(finished, monkeypatch):
@@ -213,25 +215,35 @@ def test_the_order_makes_the_table_useful_early():
 
 
 def test_all_methods_have_as_much_to_choose_from():
-    """None is tuned more than the others."""
-    assert {len(set(method.choices)) for method in METHODS.values()} == {6}
+    """None is tuned more than the others; both torques from the very same."""
+    counts = {name: len(set(method.choices)) for name, method in METHODS.items()}
+    assert counts.pop("cut") == 2
+    assert set(counts.values()) == {6}
+    assert METHODS["etp"].choices == METHODS["linear"].choices
 
 
-@pytest.mark.parametrize("name", ["etp", "linear", "etp-index", "lasso"])
-@pytest.mark.parametrize("speedup", [4.0, 9.0])
-def test_strength_one_is_what_the_first_module_that_has_to_go_needs(name, speedup):
-    """Without gradients, the module at the edge of the kept share is zero after all pulls, and no nearer one is."""
+def ones(speedup, choice, name):
+    """A method at work on a network whose modules are all of their unit's average size, and that network."""
     torch.manual_seed(0)
     network = models.Vgg(16, (1, 1))
     for parameter in network.parameters():
-        torch.nn.init.constant_(parameter, 1.0)  # all modules of a unit are of its average size
+        torch.nn.init.constant_(parameter, 1.0)
+    units = network.units()
+    counts = [unit.count(network) for unit in units]
+    places = torch.randperm(sum(counts)).double().split(counts)
+    order = {unit.group.name: row for unit, row in zip(units, places, strict=True)}
     example = (torch.randn(1, 1, 8, 8),)
-    choice = METHODS[name].choices[-1]
-    assert choice.steepness == ("kept" if name == "etp" else "")
-    setting = methods.Setting(
-        network, network.units(), example, methods.Choice(1.0, choice.steepness), 0.5, speedup
-    )
-    force = METHODS[name].force(setting)
+    setting = methods.Setting(network, units, example, choice, 0.5, speedup, lambda: order)
+    return METHODS[name].force(setting), network, order
+
+
+@pytest.mark.parametrize(
+    ("name", "variant"), [("etp", "norm"), ("linear", "norm"), ("etp-index", ""), ("lasso", "")]
+)
+@pytest.mark.parametrize("speedup", [4.0, 9.0])
+def test_strength_one_is_what_the_first_module_that_has_to_go_needs(name, variant, speedup):
+    """Without gradients, the module at the edge of the kept share is zero after all pulls, and no nearer one is."""
+    force, network, _ = ones(speedup, methods.Choice(1.0, variant), name)
     for _ in range(100):
         force.pull(0.5 / 100 * 1.001)
     for unit in network.units():
@@ -240,3 +252,54 @@ def test_strength_one_is_what_the_first_module_that_has_to_go_needs(name, speedu
         staying = max(unit.least(network), round(force.share * count))
         wanted = count if name == "lasso" else count - staying
         assert int(dead.sum()) == wanted
+
+
+@pytest.mark.parametrize("name", ["etp", "linear"])
+@pytest.mark.parametrize("speedup", [4.0, 9.0])
+def test_an_order_over_the_network_says_what_goes(name, speedup):
+    """With strength 1 the places before the edge are zero after all pulls, whichever the unit, and go."""
+    force, network, order = ones(speedup, methods.Choice(1.0, "sensitivity"), name)
+    for _ in range(100):
+        force.pull(0.5 / 100 * 1.001)
+    keep = choose(network, network.units(), order, force.setting.example, speedup)
+    gone = int((~torch.cat(list(keep.values()))).sum())
+    for unit in network.units():
+        group = unit.group.name
+        dead = force.regularizers[group].scores()[group] == 0
+        assert torch.equal(dead, order[group] < gone)
+    _, kept = force.pruned()
+    assert all(torch.equal(kept[group], keep[group]) for group in keep)
+
+
+@pytest.mark.parametrize("variant", ["norm squared", "sensitivity squared"])
+def test_a_squared_pull_of_one_leaves_its_share(variant):
+    """Of the module at the edge exp(-2) is left, and less of those beyond."""
+    force, network, order = ones(4.0, methods.Choice(1.0, variant), "etp")
+    before = {name: one.scores()[name] for name, one in force.regularizers.items()}
+    for _ in range(2000):
+        force.pull(0.5 / 2000)
+    for name, regularizer in force.regularizers.items():
+        left = regularizer.scores()[name] / before[name]
+        pulls = regularizer.forces(name) / force.edges[name]
+        assert torch.allclose(left.double(), torch.exp(-2 * pulls), rtol=0.02, atol=1e-6)
+        assert bool((pulls > 1).any())
+    if variant == "sensitivity squared":
+        whole = {name: order[name].argsort().tolist() for name in order}
+        assert all(
+            force.regularizers[name].scores()[name].argsort().tolist() == whole[name] for name in whole
+        )
+    del network
+
+
+@pytest.mark.parametrize("variant", ["norm", "sensitivity"])
+def test_cut_at_the_start(variant):
+    """What goes is read by nobody from the first step on, and the speed-up is met."""
+    force, network, _ = ones(4.0, methods.Choice(0.0, variant), "cut")
+    whole = macs(network, force.setting.example)
+    force.pull(1.0)
+    for unit in network.units():
+        for part in unit.readers().parts:
+            rows = network.get_parameter(part.parameter).movedim(part.axis, 0).flatten(1)
+            assert torch.equal((rows == 0).all(1), ~force.keep[unit.group.name])
+    small, _ = force.pruned()
+    assert macs(small, force.setting.example) <= whole / 4

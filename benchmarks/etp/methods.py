@@ -1,10 +1,10 @@
 """The methods under test: what pulls on the weights during the forced epochs, and what is ranked by afterwards.
 
-All work alike but for the pull. The strength is a number without unit: with 1, a module of average size that no
-gradient defends just reaches zero by the end of the forced epochs, if it is the first that has to go. Which that is
-depends on the speed-up where the pull depends on the distance from a pivot, so the torques are trained with for each
-speed-up; the pull of the others is the same for all. So the same few strengths are offered to every method. All pulls
-are applied outside the optimiser.
+All work alike but for the pull. The strength is a number without unit: with 1, the module that is the first to go just
+reaches zero by the end of the forced epochs if it is of average size and no gradient defends it; where the pull is on
+the squared norm, which reaches no zero, `exp(-2)` of it is left. Which module that is depends on the speed-up where the
+pull depends on the distance from a pivot, so the torques are trained with for each speed-up; the pull of the others is
+the same for all. So the same few strengths are offered to every method. All pulls are applied outside the optimiser.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import sys
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 import data
@@ -19,6 +20,8 @@ import torch
 from pruning import FLOOR, choose, compacted, macs, uniform_share
 
 from etp_deploy.errors import UsageError
+from etp_deploy.training.dying import Modules
+from etp_deploy.training.forces import PAPER_STEEPNESS, force_of
 from etp_deploy.training.regularizers import make
 
 if TYPE_CHECKING:
@@ -28,9 +31,12 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from etp_deploy.training import TorqueRegularizer
+    from etp_deploy.training.forces import Force as Shape
 
-#: What every method chooses from, on the validation examples; ETP from half of them, with two steepnesses.
+#: What every method chooses from, on the validation examples; the ordered torques have variants in place of some.
 STRENGTHS = (0.1, 0.3, 0.5, 1.0, 2.0, 3.0)
+#: With a squared norm a pull of 1 leaves `exp(-2)` of a module.
+SQUARED_PULL = 2.0
 
 
 class OutOfReachError(Exception):
@@ -43,17 +49,40 @@ class Choice:
 
     Args:
         strength: see this module's text.
-        steepness: of ETP's force: "paper" for the paper's, "kept" for the one that the kept share asks for; empty
-            where the method has none, or no other than the paper's.
+        variant: of a torque, one of `VARIANTS`; empty where the method has none.
     """
 
     strength: float
-    steepness: str = ""
+    variant: str = ""
 
     @property
     def name(self) -> str:
         """The choice in a file's name."""
-        return f"{self.strength:g}{self.steepness}"
+        return f"{self.strength:g}{self.variant.replace(' ', '-')}"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How a torque is set up.
+
+    Args:
+        pivot: "ordered", by norm at the start, unit by unit, or "network", by `removal_order` over all units.
+        norm: that is pulled on.
+        steep: whether the exponential's rise, `exp(5)`, lies within the share of modules that stays, in place of the
+            paper's over all.
+    """
+
+    pivot: str
+    norm: str
+    steep: bool
+
+
+VARIANTS = {
+    "norm": Variant("ordered", "l2", steep=True),
+    "norm squared": Variant("ordered", "l2_squared", steep=False),
+    "sensitivity": Variant("network", "l2", steep=True),
+    "sensitivity squared": Variant("network", "l2_squared", steep=False),
+}
 
 
 @dataclass(frozen=True)
@@ -67,6 +96,7 @@ class Setting:
         choice: how strong it is.
         pulls: sum of the learning rates of all forced steps.
         speedup: what the network is to be pruned to.
+        removal: returns each unit's places in the order of removal for this speed-up, by sensitivity.
     """
 
     network: nn.Module
@@ -75,6 +105,7 @@ class Setting:
     choice: Choice
     pulls: float
     speedup: float
+    removal: Callable[[], Mapping[str, Tensor]]
 
 
 class Force(Protocol):
@@ -105,25 +136,30 @@ class Pulling:
         share = uniform_share(setting.network, setting.units, setting.example, setting.speedup)
         self.share = max(share, FLOOR)
         self.regularizers = {unit.group.name: self._regularizer(unit, options) for unit in setting.units}
+        #: the force on the first module of each unit that is to go
+        self.edges = {unit.group.name: self._edge(unit) for unit in setting.units}
+        for unit in setting.units:
+            self.regularizers[unit.group.name].beta = self._beta(unit)
 
     def _regularizer(self, unit: Unit, options: Mapping[str, Any]) -> TorqueRegularizer:
-        group, setting = unit.group, self.setting
-        if setting.choice.steepness == "kept":
-            options = {**options, "keep": self.share}
         try:
-            regularizer = make(self.method, setting.network, groups=(group,), **options)
+            return make(self.method, self.setting.network, groups=(unit.group,), **options)
         except UsageError as error:
             raise OutOfReachError(str(error)) from error
-        parts = unit.gains if self.method == "slimming" else group.parts
+
+    def _edge(self, unit: Unit) -> float:
+        forces = self.regularizers[unit.group.name].forces(unit.group.name).sort().values
+        staying = max(unit.least(self.setting.network), round(self.share * len(forces)))
+        return float(forces[min(staying, len(forces) - 1)])
+
+    def _beta(self, unit: Unit) -> float:
+        """Return what makes the strength mean the same in every unit."""
+        setting, regularizer = self.setting, self.regularizers[unit.group.name]
+        parts = unit.gains if self.method == "slimming" else unit.group.parts
         elements = sum(setting.network.get_parameter(part.parameter).numel() for part in parts)
-        size = float(regularizer.scores()[group.name].square().mean()) / (
-            elements / unit.count(setting.network)
-        )
-        forces = regularizer.forces(group.name).sort().values
-        staying = max(unit.least(setting.network), round(self.share * len(forces)))
-        edge = float(forces[min(staying, len(forces) - 1)])
-        regularizer.beta = setting.choice.strength * size**0.5 / (setting.pulls * edge)
-        return regularizer
+        mean = float(regularizer.scores()[unit.group.name].square().mean())
+        size = mean / (elements / unit.count(setting.network))
+        return setting.choice.strength * size**0.5 / (setting.pulls * self.edges[unit.group.name])
 
     def pull(self, rate: float) -> None:
         """Take the proximal step of every unit."""
@@ -133,14 +169,15 @@ class Pulling:
     def scores(self) -> dict[str, Tensor]:
         """Return each module's norm after the pull, as a share of its unit's mean.
 
-        Modules that are zero come in the order of the pull that they felt. Gains are compared as they are.
+        Modules that are zero come in the order of the pull that they felt, in units of their unit's edge. Gains are
+        compared as they are.
         """
         found = {}
         for name, regularizer in self.regularizers.items():
             norms = regularizer.scores()[name].double()
             force = regularizer.forces(name)
             share = norms if self.method == "slimming" else norms / norms.mean().clamp(min=1e-30)
-            found[name] = torch.where(norms > 0, share, -force / force.max())
+            found[name] = torch.where(norms > 0, share, -force / self.edges[name])
         return found
 
     def pruned(self) -> tuple[nn.Module, dict[str, Tensor] | None]:
@@ -151,6 +188,104 @@ class Pulling:
         except ValueError as error:
             raise OutOfReachError(str(error)) from error
         return compacted(setting.network, setting.units, keep), keep
+
+
+class Torque(Pulling):
+    """A torque in one of its variants.
+
+    Args:
+        setting: what it is made for; its choice names the variant.
+        shape: of the force over the distance.
+    """
+
+    def __init__(self, setting: Setting, shape: Shape) -> None:
+        self.shape: Shape = shape
+        self.variant = VARIANTS[setting.choice.variant]
+        method = "etp" if shape == "exponential" else "linear_torque"
+        super().__init__(setting, method, {"norm": self.variant.norm})
+
+    @cached_property
+    def order(self) -> Mapping[str, Tensor]:
+        """Each unit's places in the order of removal."""
+        return self.setting.removal()
+
+    @cached_property
+    def staying(self) -> float:
+        """The share of a unit's modules, or of all where they are ordered over the network, that stays."""
+        setting = self.setting
+        if self.variant.pivot != "network":
+            return self.share
+        keep = choose(setting.network, setting.units, self.order, setting.example, setting.speedup)
+        return float(torch.cat(list(keep.values())).double().mean())
+
+    @property
+    def steepness(self) -> float:
+        """That of the exponential."""
+        return PAPER_STEEPNESS / self.staying if self.variant.steep else PAPER_STEEPNESS
+
+    @cached_property
+    def whole(self) -> TorqueRegularizer:
+        """The torque over all units at once, for its forces."""
+        options = {"pivot": "network", "importance": self.order, **self._steepness()}
+        groups = [unit.group for unit in self.setting.units]
+        return make(self.method, self.setting.network, groups=groups, **options)
+
+    def _steepness(self) -> dict[str, float]:
+        return {"steepness": self.steepness} if self.shape == "exponential" else {}
+
+    def _regularizer(self, unit: Unit, options: Mapping[str, Any]) -> TorqueRegularizer:
+        if self.variant.pivot != "network":
+            return super()._regularizer(unit, {**options, "pivot": "ordered", **self._steepness()})
+        regularizer = super()._regularizer(unit, options)
+        regularizer.load_state_dict(
+            {**regularizer.state_dict(), "forces": self.whole.forces(unit.group.name)}
+        )
+        return regularizer
+
+    def _edge(self, unit: Unit) -> float:
+        if self.variant.pivot != "network":
+            return super()._edge(unit)
+        count = unit.count(self.setting.network)
+        distance = torch.full((count,), self.staying * count, dtype=torch.float64)
+        return float(force_of(distance, self.shape, self.steepness)[0])
+
+    def _beta(self, unit: Unit) -> float:
+        if self.variant.norm != "l2_squared":
+            return super()._beta(unit)
+        name = unit.group.name
+        return self.setting.choice.strength * SQUARED_PULL / (2 * self.setting.pulls * self.edges[name])
+
+
+class Cut:
+    """No force: what the order says goes before the first of the forced epochs, which then are fine-tuning.
+
+    Args:
+        setting: what it is made for; its choice names the variant whose order is cut by.
+    """
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+        network, units = setting.network, setting.units
+        if VARIANTS[setting.choice.variant].pivot == "network":
+            scores = setting.removal()
+        else:
+            groups = [unit.group for unit in units]
+            scores = make("group_lasso", network, groups=groups).relative_scores()
+        try:
+            self.keep = choose(network, units, scores, setting.example, setting.speedup)
+        except ValueError as error:
+            raise OutOfReachError(str(error)) from error
+        self.modules = Modules(network, [unit.readers() for unit in units], 0.0, "module")
+
+    def pull(self, rate: float) -> None:
+        """Take what is cut away again."""
+        del rate
+        for name, keep in self.keep.items():
+            self.modules.kill(name, (~keep).nonzero().flatten().tolist())
+
+    def pruned(self) -> tuple[nn.Module, dict[str, Tensor] | None]:
+        """Remove it."""
+        return compacted(self.setting.network, self.setting.units, self.keep), self.keep
 
 
 class DepGraph:
@@ -275,21 +410,29 @@ def _pulling(method: str, **options: Any) -> Callable[[Setting], Force]:
     return lambda setting: Pulling(setting, method, options)
 
 
+#: What a torque chooses from: as many as the others.
+ORDERED = tuple(
+    Choice(strength, variant)
+    for variant, one in VARIANTS.items()
+    for strength in ((1.0,) if one.norm == "l2_squared" else (0.3, 1.0))
+)
+
 METHODS = {
     method.name: method
     for method in (
         Method(
             "etp",
-            "ETP, ordered by norm",
-            _pulling("etp", norm="l2", pivot="ordered"),
+            "ETP, ordered",
+            lambda setting: Torque(setting, "exponential"),
             aims=True,
-            choices=tuple(Choice(one, kind) for kind in ("paper", "kept") for one in STRENGTHS[1:4]),
+            choices=ORDERED,
         ),
         Method(
             "linear",
-            "linear torque, ordered by norm",
-            _pulling("linear_torque", norm="l2", pivot="ordered"),
+            "linear torque, ordered",
+            lambda setting: Torque(setting, "linear"),
             aims=True,
+            choices=ORDERED,
         ),
         Method("lasso", "group lasso", _pulling("group_lasso")),
         Method("l1", "L1", _pulling("l1")),
@@ -297,5 +440,12 @@ METHODS = {
         Method("depgraph", "DepGraph", DepGraph),
         Method("etp-index", "ETP, by index", _pulling("etp", norm="l2"), aims=True),
         Method("linear-index", "linear torque, by index", _pulling("linear_torque", norm="l2"), aims=True),
+        Method(
+            "cut",
+            "cut at the start, no force",
+            Cut,
+            aims=True,
+            choices=(Choice(0.0, "norm"), Choice(0.0, "sensitivity")),
+        ),
     )
 }

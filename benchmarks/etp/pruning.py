@@ -15,12 +15,17 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from etp_deploy.training import Cost, Group
+from etp_deploy.training.cost import with_zeros
+from etp_deploy.training.dying import Modules
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    import numpy as np
     from torch import Tensor
 
-    from etp_deploy.training import Group, Part
+    from etp_deploy.training import Part
 
 #: No method may take more than this share of a unit's modules: a layer that is gone cannot be fine-tuned.
 FLOOR = 1 / 16
@@ -39,6 +44,11 @@ class Unit:
     group: Group
     slices: tuple[Part, ...] = ()
     gains: tuple[Part, ...] = ()
+
+    def readers(self) -> Group:
+        """Return the same modules as their readers alone hold them: once these are zero, the modules are gone."""
+        parts = tuple(part for part in (*self.group.parts, *self.slices) if part.axis == 1)
+        return Group(self.group.name, self.group.kind, parts)
 
     def count(self, model: nn.Module) -> int:
         """Return how many modules there are."""
@@ -114,6 +124,29 @@ def macs(model: nn.Module, example: tuple[Tensor, ...]) -> int:
         model(*example)
     model.train(training)
     return int(counter.get_total_flops()) // 2
+
+
+class Multiplications(Cost):
+    """The multiply-accumulates of what is left of a network, over those of all of it.
+
+    Args:
+        model: at full size.
+        units: all units.
+        example: one sample.
+    """
+
+    def __init__(self, model: nn.Module, units: Sequence[Unit], example: tuple[Tensor, ...]) -> None:
+        self._model = model
+        self._units = units
+        self._example = example
+        self._dense = macs(model, example)
+
+    def ratio(self, model: nn.Module, zero: np.ndarray) -> float:
+        """Return the ratio without the modules that nobody reads."""
+        readers = [unit.readers() for unit in self._units]
+        dead = Modules(with_zeros(model, zero), readers, 0.0, "module").dead()
+        keep = {name: ~gone for name, gone in dead.items()}
+        return macs(compacted(self._model, self._units, keep), self._example) / self._dense
 
 
 def choose(

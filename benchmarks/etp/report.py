@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from methods import METHODS, STRENGTHS
+from methods import METHODS, ORDERED, STRENGTHS
 from plot import Series, scatter
 from run import RESULTS, Results
 from tasks import TASKS, Task
@@ -28,8 +28,10 @@ if TYPE_CHECKING:
 Document = dict[str, Any]
 OURS = "etp"
 PUBLISHED = "etp-index"
+#: What shows whether the force does anything; it is no method of the literature.
+WITHOUT = "cut"
 #: Whom ETP is held against: everything else but its own other ordering.
-RIVALS = tuple(name for name in METHODS if not name.startswith("etp"))
+RIVALS = tuple(name for name in METHODS if not name.startswith("etp") and name != WITHOUT)
 
 
 def summary(task: Task, records: Sequence[Document]) -> Document:
@@ -55,6 +57,7 @@ def summary(task: Task, records: Sequence[Document]) -> Document:
         "rows": rows,
         "verdicts": [_verdict(task, rows, speedup) for speedup in task.speedups],
         "published": [_verdict(task, rows, speedup, PUBLISHED) for speedup in task.speedups],
+        "without": [_verdict(task, rows, speedup, rivals=(WITHOUT,)) for speedup in task.speedups],
     }
 
 
@@ -71,7 +74,7 @@ def _row(method: str, speedup: float, cells: Sequence[Document]) -> Document:
         "mean": statistics.fmean(values),
         "spread": statistics.stdev(values) if len(values) > 1 else None,
         "strength": done[0]["strength"],
-        "steepness": done[0]["steepness"],
+        "variant": done[0]["variant"],
         "macs_ratio": _mean(cell["macs"]["ratio"] for cell in done),
         "compressed_macs_ratio": _mean(
             cell["macs"]["dense"] / cell["onnx"]["macs"]["compressed"] for cell in done
@@ -89,10 +92,16 @@ def _mean(values: Iterable[float]) -> float:
     return statistics.fmean(values)
 
 
-def _verdict(task: Task, rows: Sequence[Document], speedup: float, name: str = OURS) -> Document:
-    """Say how ETP, in one of its orderings, stands against the best of the others at a speed-up."""
+def _verdict(
+    task: Task,
+    rows: Sequence[Document],
+    speedup: float,
+    name: str = OURS,
+    rivals: Sequence[str] = RIVALS,
+) -> Document:
+    """Say how ETP, in one of its orderings, stands against the best of some others at a speed-up."""
     means = {row["method"]: row for row in rows if row["speedup"] == speedup and "mean" in row}
-    others = [means[rival] for rival in RIVALS if rival in means]
+    others = [means[rival] for rival in rivals if rival in means]
     failed = any((row["method"], row["speedup"]) == (name, speedup) and "failed" in row for row in rows)
     if name not in means or not others:
         return {"speedup": speedup, "outcome": "out of reach" if failed else "unfinished"}
@@ -140,21 +149,24 @@ def markdown(summaries: Sequence[Document], machine: Document) -> str:
 
 def _protocol(machine: Document) -> list[str]:
     grid = ", ".join(f"{strength:g}" for strength in STRENGTHS)
-    halves = ", ".join(f"{one:g}" for one in sorted({choice.strength for choice in METHODS[OURS].choices}))
     versions = ", ".join(f"{name} {version}" for name, version in machine.get("versions", {}).items())
     text = f"""\
 Made by `benchmarks/etp/report.py` from what `benchmarks/etp/run.py` has finished.
 
 All methods get the same: the same dense start for a seed, as many epochs with their force, the same ranking rule
 (each module's norm as a share of its group's mean; network slimming and DepGraph use their own), removal of the lowest
-until the MACs are met, as many epochs of fine-tuning, and {len(STRENGTHS)} settings to choose from: the strengths
-{grid}, or for ETP ordered by norm three strengths ({halves}) with two steepnesses, the paper's
-5 and the 2.5/keep that the speed-up asks for ("kept"). Strength 1 brings a module of average size, the first that has
-to go, to zero where no gradient defends it. The setting is chosen for each method and speed-up on validation examples
-with seed 0, "(end)" where it is the least or the most of the strengths; test examples are looked at once. The forces
-are proximal steps outside Adam, for all. The dense network is trained on for as long as the others. ETP and linear
-torque come in two variants: distance counted in the order of the norms at the start, and by index as published.
-DepGraph is torch-pruning 1.6.1's GroupNormPruner with its own groups.
+until the MACs are met, as many epochs of fine-tuning, and {len(STRENGTHS)} settings to choose from. These are the
+strengths {grid}. Strength 1 brings a module of average size, the first that has to go, to zero where no
+gradient defends it. ETP and linear torque come by index, as published, and ordered. Ordered, both choose from the same
+{len(ORDERED)} settings: distance is the rank by norm at the start, unit by unit ("norm"), or the place in the order of
+removal over the whole network that the library's `removal_order` finds by first-order sensitivity ("sensitivity"); the
+pull is that of the norm with strengths 0.3 and 1, or of its square, as published, with strength 1 ("squared"). The
+exponential's rise, exp(5), is the paper's with the square and lies within the modules that stay otherwise. The
+setting is chosen for each method and speed-up on validation examples with seed 0, "(end)" where it is the least or the
+most of six strengths; test examples are looked at once. The forces are proximal steps outside Adam, for all. The dense
+network is trained on for as long as the others. DepGraph is torch-pruning 1.6.1's GroupNormPruner with its own groups.
+"Cut at the start, no force" is no method of the literature but the question whether the force is needed: the same
+orders, what goes is gone before the first forced epoch, and is chosen from the two orders.
 
 "Equal" counts test examples to which the compressed ONNX file gives the same answer as the full-size PyTorch network
 with its zeros (classes or label sets; forecasts within 1e-4 of the largest value). Latency is the compressed file's
@@ -168,16 +180,18 @@ Hardware: {machine.get("processor")}, {machine.get("cores")} cores. Python {mach
 
 def _overview(summaries: Sequence[Document]) -> list[str]:
     lines = [
-        f"ETP, ordered by norm, {_standing(summaries, 'verdicts')}",
+        f"ETP, ordered, {_standing(summaries, 'verdicts')}",
         "",
         f"ETP, by index as published, {_standing(summaries, 'published')}",
+        "",
+        f"Against the same orders without a force ETP, ordered, {_standing(summaries, 'without', 'it')}",
         "",
         (
             "Doubt is two standard errors: of the difference of the means over seeds, or with one seed of the test "
             "sample (accuracies alone)."
         ),
         "",
-        "| task | speed-up | ETP, ordered by norm, against the best of the others | gap | doubt | seeds |",
+        "| task | speed-up | ETP, ordered, against the best of the others | gap | doubt | seeds |",
         "|---|---:|---|---:|---:|---:|",
     ]
     for found in summaries:
@@ -194,13 +208,13 @@ def _overview(summaries: Sequence[Document]) -> list[str]:
     return lines
 
 
-def _standing(summaries: Sequence[Document], key: str) -> str:
+def _standing(summaries: Sequence[Document], key: str, whom: str = "every other method") -> str:
     """Say in how many comparisons ETP in one of its orderings is ahead and behind."""
     known = [verdict for found in summaries for verdict in found[key] if "best_other" in verdict]
     ahead, behind = ([v for v in known if v["outcome"] == outcome] for outcome in ("ahead", "behind"))
     both = sum(all(verdict["outcome"] == "ahead" for verdict in found[key]) for found in summaries)
     return (
-        f"is ahead of every other method in {len(ahead)} of {len(known)} comparisons, "
+        f"is ahead of {whom} in {len(ahead)} of {len(known)} comparisons, "
         f"{sum(v['clear'] for v in ahead)} of them beyond doubt, and at all speed-ups in {both} of {len(summaries)} "
         f"tasks. It is behind in {len(behind)}, {sum(v['clear'] for v in behind)} of them beyond doubt."
     )
@@ -257,8 +271,10 @@ def _strength(row: Document) -> str:
     """Return the setting that was chosen, marked where it lies at an end of the strengths to choose from."""
     if row["method"] == "dense":
         return ""
+    if row["method"] == WITHOUT:
+        return str(row["variant"])
     ends = {min(STRENGTHS), max(STRENGTHS)}
-    parts = (f"{row['strength']:g}", row["steepness"], "(end)" if row["strength"] in ends else "")
+    parts = (f"{row['strength']:g}", row["variant"], "(end)" if row["strength"] in ends else "")
     return " ".join(part for part in parts if part)
 
 

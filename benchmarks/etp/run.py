@@ -27,8 +27,10 @@ import measure
 import torch
 import training
 from methods import METHODS, Choice, OutOfReachError, Setting
-from pruning import expanded, macs
+from pruning import FLOOR, Multiplications, expanded, macs
 from tasks import TASKS, Task
+
+from etp_deploy.training import removal_order
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -38,10 +40,12 @@ if TYPE_CHECKING:
 
 RESULTS = Path(__file__).parent / "results"
 RUNS = data.CACHE / "runs"
+#: Training examples that the order of removal is found on.
+EXAMPLES = 800
 #: What is run first; the others follow once all tasks have these.
-FIRST = tuple(name for name in METHODS if not name.endswith("-index"))
+FIRST = tuple(name for name in METHODS if not name.endswith("-index") and name != "cut")
 #: What makes a cell: two lines that agree in these are the same cell.
-KEY = ("record", "task", "method", "strength", "steepness", "speedup", "seed")
+KEY = ("record", "task", "method", "strength", "variant", "speedup", "seed")
 Document = dict[str, Any]
 
 
@@ -149,7 +153,7 @@ class Experiment:
         self._tell(self.results.add({**key, **found, "seconds": seconds, "machine": machine()}))
 
     def _key(self, record: str, method: str, choice: Choice | None, speedup: float, seed: int) -> Document:
-        chosen = (None, None) if choice is None else (choice.strength, choice.steepness)
+        chosen = (None, None) if choice is None else (choice.strength, choice.variant)
         return dict(zip(KEY, (record, self.task.name, method, *chosen, speedup, seed), strict=True))
 
     def _tell(self, record: Document) -> None:
@@ -170,7 +174,7 @@ class Experiment:
         """Return what did best on the validation examples; None where nothing worked."""
         sign = 1 if self.task.kind.higher else -1
         scores = [
-            (sign * r["validation"], r["strength"], r["steepness"])
+            (sign * r["validation"], r["strength"], r["variant"])
             for r in self._tunings(method, speedup)
             if "validation" in r
         ]
@@ -215,13 +219,43 @@ class Experiment:
             torch.save(network.state_dict(), path)
         return network.eval()
 
+    def _removal(self, speedup: float, seed: int) -> Mapping[str, Tensor]:
+        """Return the order in which modules had best go from the dense network, by sensitivity on training examples."""
+        path = self._kept(f"removal.{speedup:g}x.{seed}")
+        if path.exists():
+            found: dict[str, Tensor] = torch.load(path)
+            return found
+        network, kind = self._start(seed), self.task.kind
+        units = network.units()
+        shuffled = torch.randperm(len(self.data.train), generator=torch.Generator().manual_seed(seed))
+        batches = [self.data.train.take(chosen) for chosen in shuffled[:EXAMPLES].split(8)]
+        order = removal_order(
+            network,
+            [unit.readers() for unit in units],
+            batches,
+            lambda model, part: kind.loss(model(*part.inputs), part.targets),
+            cost=Multiplications(network, units, self.example()),
+            target=1 / speedup,
+            least=FLOOR,
+        )
+        torch.save(order, path)
+        return order
+
     def _forced(self, method: str, choice: Choice, speedup: float, seed: int) -> tuple[nn.Module, Force]:
         """Return the network after the epochs with a force, and the force."""
         recipe = self.task.recipe
         network = self._start(seed)
         shares = training.shares(recipe.force, len(self.data.train), recipe.batch)
         pulls = recipe.rate * recipe.again * sum(shares)
-        setting = Setting(network, network.units(), self.example(), choice, pulls, speedup)
+        setting = Setting(
+            network,
+            network.units(),
+            self.example(),
+            choice,
+            pulls,
+            speedup,
+            lambda: self._removal(speedup, seed),
+        )
         force = METHODS[method].force(setting)
         aim = f".{speedup:g}x" if METHODS[method].aims else ""
         path = self._kept(f"forced.{method}.{choice.name}{aim}.{seed}")

@@ -8,6 +8,7 @@ from etp_deploy.training.cost import Cost, LatencyCost, PlannedCost
 from etp_deploy.training.coupling import coupled_groups, removable_share
 from etp_deploy.training.dying import GroupStatistics
 from etp_deploy.training.forces import PAPER_STEEPNESS, REFERENCE_STEEPNESS, steepness_for
+from etp_deploy.training.importance import removal_order, sensitivity
 from etp_deploy.training.modules import (
     Group,
     Part,
@@ -56,6 +57,8 @@ __all__ = [
     "neurons",
     "packed_heads",
     "removable_share",
+    "removal_order",
+    "sensitivity",
     "separate_heads",
     "steepness_for",
 ]

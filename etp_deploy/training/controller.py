@@ -11,12 +11,10 @@ from etp_deploy.errors import UsageError
 from etp_deploy.training.blueprint import Blueprint
 from etp_deploy.training.cost import Cost, LatencyCost, PlannedCost, parse_target
 from etp_deploy.training.scheduled import Scheduled, Update
-from etp_deploy.training.shards import from_first, whole
-from etp_deploy.training.wrapping import named_parameters, parameter
+from etp_deploy.training.shards import from_first
 
 if TYPE_CHECKING:
-    import numpy as np
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from etp_deploy.training.recording import Recorder
     from etp_deploy.training.regularizer import TorqueRegularizer
@@ -105,7 +103,7 @@ class Controller(Scheduled):
 
     def _ratio(self, killed: Tensor | None = None) -> float:
         """Return the cost with some modules killed; every process has to ask, and the first one's answer holds."""
-        zero = self._zero(killed)
+        zero = self.regularizer.zeros(killed)
         return from_first(lambda: self._cost.ratio(self.regularizer.model, zero))
 
     def _check_reach(self, target: str) -> None:
@@ -137,22 +135,6 @@ class Controller(Scheduled):
         whole = -math.log(self.target)
         behind = (math.log(ratio) + whole * number / self.updates) / whole
         self.base *= min(max(math.exp(self._gain * behind), 1 / _STRIDE), _STRIDE)
-
-    def _zero(self, killed: Tensor | None = None) -> np.ndarray:
-        """Return which weights are zero, some modules counted among them, in the order of `named_parameters`."""
-        model, marks = self.regularizer.model, {} if killed is None else self.regularizer.marks(killed)
-        # a tied weight has several names, of which a group may use any
-        marked: dict[nn.Parameter, Tensor] = {}
-        for name, mark in marks.items():
-            weight = parameter(model, name)
-            marked[weight] = marked[weight] | mark if weight in marked else mark
-        parts = []
-        for _, weight in named_parameters(model):
-            zero = whole(weight.detach() == 0)
-            if weight in marked:
-                zero = zero | marked[weight]
-            parts.append(zero.reshape(-1).cpu())
-        return torch.cat(parts).numpy()
 
     def _land(self, ratio: float) -> tuple[int, float]:
         """Kill as few of the least modules as reach the target; return how many, and the cost.

@@ -10,11 +10,13 @@ from torch import Tensor
 
 from etp_deploy.errors import UsageError
 from etp_deploy.training.layout import Layout
-from etp_deploy.training.shards import Weights
+from etp_deploy.training.shards import Weights, whole
+from etp_deploy.training.wrapping import named_parameters, parameter
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    import numpy as np
     from torch import nn
 
     from etp_deploy.training.modules import Group
@@ -68,7 +70,8 @@ class Modules:
         self.threshold = threshold
         self.groups = tuple(groups)
         self._clip_by: Clip = clip_by
-        self._layout = Layout(model, groups)
+        #: where the modules' weights lie, all groups in one row
+        self.layout = Layout(model, groups)
         self._frozen: Tensor | None = None
         self._held: list[tuple[int, int, Tensor]] = []
 
@@ -87,7 +90,7 @@ class Modules:
         Returns:
             Number of dead modules over all groups, those that were dead before included.
         """
-        layout, weights = self._layout, self._layout.weights(self.model)
+        layout, weights = self.layout, self.layout.weights(self.model)
         if self._clip_by == "module":
             below = layout.reduce(weights, "squares") / layout.slot_elements.clamp(min=1).to(
                 weights[0].device
@@ -117,10 +120,10 @@ class Modules:
     def _set_frozen(self, dead: Tensor) -> None:
         """Remember modules, and the places of their weights, so that holding them touches nothing else."""
         self._frozen = dead
-        maps = self._layout.maps(dead.device)
+        maps = self.layout.maps(dead.device)
         gone = torch.cat([dead, dead.new_zeros(1)])
         self._held = []
-        for line, modules in zip(self._layout.lines, maps.lines, strict=True):
+        for line, modules in zip(self.layout.lines, maps.lines, strict=True):
             places = torch.nonzero(gone[modules]).reshape(-1)
             if len(places):
                 self._held.append((line.parameter, line.axis, places))
@@ -136,7 +139,7 @@ class Modules:
         """
         if self._frozen is None:
             raise UsageError("nothing is frozen", hint="call freeze() before hold()")
-        weights = self._layout.weights(self.model)
+        weights = self.layout.weights(self.model)
         for number, axis, places in self._held:
             here = weights.places(number, axis, places.to(weights[number].device))
             weights[number].index_fill_(axis, here, 0.0)
@@ -154,12 +157,12 @@ class Modules:
         """
         chosen = [int(index) for index in indices]
         number = self._number(group)
-        count = self._layout.counts[number]
+        count = self.layout.counts[number]
         if any(not 0 <= index < count for index in chosen):
             raise UsageError(f"there are {count} modules", where=group)
-        device = self._layout.weights(self.model)[0].device
-        row = torch.zeros(self._layout.total, dtype=torch.bool, device=device)
-        row[torch.tensor(chosen, dtype=torch.int64, device=device) + sum(self._layout.counts[:number])] = True
+        device = self.layout.weights(self.model)[0].device
+        row = torch.zeros(self.layout.total, dtype=torch.bool, device=device)
+        row[torch.tensor(chosen, dtype=torch.int64, device=device) + sum(self.layout.counts[:number])] = True
         self._zero(row)
 
     def marks(self, modules: Tensor) -> dict[str, Tensor]:
@@ -168,12 +171,10 @@ class Modules:
         Args:
             modules: for each module of all groups in a row, whether it counts.
         """
-        weights = self._layout.weights(self.model)
+        weights = self.layout.weights(self.model)
         row, whole = modules.to(weights[0].device), Weights(weights.parameters)
         result = {}
-        for name, weight, lines in zip(
-            self._layout.names, whole, self._layout.spread(row, whole), strict=True
-        ):
+        for name, weight, lines in zip(self.layout.names, whole, self.layout.spread(row, whole), strict=True):
             marked = torch.zeros(weight.shape, dtype=torch.bool, device=weight.device)
             for line in lines:
                 marked |= line
@@ -181,23 +182,45 @@ class Modules:
         return result
 
     @torch.no_grad()
+    def zeros(self, killed: Tensor | None = None) -> np.ndarray:
+        """Return which weights of the network are zero, flat, in the order of `named_parameters`.
+
+        Args:
+            killed: for each module of all groups in a row, whether its weights count as zero; None for none.
+        """
+        marks = {} if killed is None else self.marks(killed)
+        # a tied weight has several names, of which a group may use any
+        marked: dict[nn.Parameter, Tensor] = {}
+        for name, mark in marks.items():
+            weight = parameter(self.model, name)
+            marked[weight] = marked[weight] | mark if weight in marked else mark
+        parts = []
+        for _, weight in named_parameters(self.model):
+            zero = whole(weight.detach() == 0)
+            if weight in marked:
+                zero = zero | marked[weight]
+            parts.append(zero.reshape(-1).cpu())
+        return torch.cat(parts).numpy()
+
+    @torch.no_grad()
     def dead(self) -> dict[str, Tensor]:
         """Return for each group which modules are dead, shape (n,): a decisive part is exactly zero."""
-        return self._by_group(self._dead())
+        return self.by_group(self._dead())
 
-    def _by_group(self, row: Tensor) -> dict[str, Tensor]:
-        parts = self._layout.split(row)
+    def by_group(self, row: Tensor) -> dict[str, Tensor]:
+        """Return a row over all modules as each group's own, by its name."""
+        parts = self.layout.split(row)
         return {group.name: part for group, part in zip(self.groups, parts, strict=True)}
 
     def _dead(self) -> Tensor:
-        weights = self._layout.weights(self.model)
-        return self._decided(self._layout.reduce(weights, "largest") == 0)
+        weights = self.layout.weights(self.model)
+        return self._decided(self.layout.reduce(weights, "largest") == 0)
 
     def _decided(self, zero: Tensor) -> Tensor:
         """Return which modules are dead, shape (total,), given which slots are."""
-        present = self._layout.slot_elements.to(zero.device) > 0
+        present = self.layout.slot_elements.to(zero.device) > 0
         dead = []
-        for group, blocks in zip(self.groups, self._layout.blocks, strict=True):
+        for group, blocks in zip(self.groups, self.layout.blocks, strict=True):
             found = []
             for chosen in group.deciding_sets():
                 zeros = torch.stack([zero[blocks[place]] for place in chosen]).all(0)
@@ -206,15 +229,15 @@ class Modules:
         return torch.cat(dead)
 
     def _zero(self, modules: Tensor) -> None:
-        weights = self._layout.weights(self.model)
-        for weight, lines in zip(weights, self._layout.spread(modules, weights), strict=True):
+        weights = self.layout.weights(self.model)
+        for weight, lines in zip(weights, self.layout.spread(modules, weights), strict=True):
             for line in lines:
                 weight.masked_fill_(line, 0.0)
 
     @torch.no_grad()
     def statistics(self) -> tuple[GroupStatistics, ...]:
         """Return counts and norms of each group, in the groups' order."""
-        layout = self._layout
+        layout = self.layout
         squares = layout.by_module(layout.reduce(layout.weights(self.model), "squares"))
         norms, dead = layout.split(squares.sqrt()), layout.split(self._dead())
         return tuple(

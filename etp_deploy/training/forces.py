@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from etp_deploy.errors import UsageError
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 Force = Literal["exponential", "linear", "uniform"]
-Place = Literal["middle", "largest", "ordered"]
+Place = Literal["middle", "largest", "ordered", "network"]
 Pivot = int | Place
+#: The pivots that look at an importance.
+RANKING = ("largest", "ordered", "network")
 
 #: lambda = exp(5 / n), the paper's steepness.
 PAPER_STEEPNESS = 5.0
@@ -37,14 +42,15 @@ def steepness_for(keep: float) -> float:
     return PAPER_STEEPNESS / 2 / keep
 
 
-def distances(count: int, pivot: Pivot, norms: Tensor | None = None, *, where: str = "") -> Tensor:
+def distances(count: int, pivot: Pivot, importance: Tensor | None = None, *, where: str = "") -> Tensor:
     """Return how far each of `count` modules lies from the pivot, shape (count,), float64.
 
     Args:
         count: number of modules.
         pivot: an index (negative from the end) or "middle", from which distance is counted in places; "largest",
-            the place of the largest norm; "ordered", where distance is the rank by norm and the largest is 0.
-        norms: of the modules, needed by "largest" and "ordered"; equal norms rank by place.
+            the place of the most important; "ordered", where distance is the rank by importance and the most
+            important is 0. For "network" see `network_distances`.
+        importance: of the modules, needed by "largest" and "ordered"; what is equal ranks by place.
         where: names the group in errors.
 
     Raises:
@@ -54,16 +60,38 @@ def distances(count: int, pivot: Pivot, norms: Tensor | None = None, *, where: s
     if isinstance(pivot, str) and pivot not in get_args(Place):
         raise UsageError(f"{pivot!r} is no pivot", where=f"pivot of {where}")
     if pivot in {"largest", "ordered"}:
-        if norms is None:
-            raise UsageError(f"{pivot!r} needs norms", where=f"pivot of {where}")
-        order = torch.argsort(norms.detach().cpu().double(), descending=True, stable=True)
+        if importance is None:
+            raise UsageError(f"{pivot!r} needs an importance", where=f"pivot of {where}")
+        ranks = _ranks(importance)
         if pivot == "ordered":
-            return torch.empty(count, dtype=torch.float64).index_copy_(0, order, places)
-        pivot = int(order[0])
+            return ranks
+        pivot = int(ranks.argmin())
     origin = count // 2 if pivot == "middle" else int(pivot)
     if not -count <= origin < count:
         raise UsageError(f"there is no module {origin} among {count}", where=f"pivot of {where}")
     return (places - origin % count).abs()
+
+
+def network_distances(importance: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Return distances by rank over the modules of all groups, each group's in units of its own places.
+
+    A module that ranks r among all N of the network lies `r * n / N` from the pivot in its group of n, so that
+    `lambda = exp(s / n)` makes the force `exp(s * r / N)`: two modules of one rank are pulled alike wherever they
+    are, and a group that holds what matters little loses more than others.
+
+    Args:
+        importance: of each group's modules, shape (n,), comparable over groups.
+    """
+    counts = [len(one) for one in importance]
+    ranks = _ranks(torch.cat([one.detach().cpu().double() for one in importance]))
+    return tuple(row * (len(row) / len(ranks)) for row in torch.split(ranks, counts))
+
+
+def _ranks(importance: Tensor) -> Tensor:
+    """Return each module's rank, 0 for the most important, float64; what is equal ranks by place."""
+    order = torch.argsort(importance.detach().cpu().double(), descending=True, stable=True)
+    places = torch.arange(len(order), dtype=torch.float64)
+    return torch.empty(len(order), dtype=torch.float64).index_copy_(0, order, places)
 
 
 def force_of(distance: Tensor, force: Force, steepness: float) -> Tensor:

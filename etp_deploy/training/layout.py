@@ -182,6 +182,21 @@ class Layout:
         row = slots.new_zeros(self.total)
         return row.index_add_(0, self.maps(slots.device).slot_module, slots)
 
+    def sums(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Return the sum over each module of tensors that lie as the parameters do, shape (total,).
+
+        Args:
+            tensors: in the order of `names`, whole.
+        """
+        vectors = []
+        for line in self.lines:
+            tensor = tensors[line.parameter]
+            rest = [axis for axis in range(tensor.ndim) if axis != line.axis]
+            vectors.append(tensor.sum(rest) if rest else tensor)
+        values = torch.cat(vectors)
+        result = values.new_zeros(self.total + 1)
+        return result.index_add_(0, self.maps(values.device).modules, values)[:-1]
+
     def spread(self, row: Tensor, weights: Weights, *, rest: float = 0.0) -> list[list[Tensor]]:
         """Lay a row over modules out along the parameters.
 

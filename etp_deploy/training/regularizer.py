@@ -16,11 +16,13 @@ from etp_deploy.errors import UsageError
 from etp_deploy.training.dying import Clip, Modules
 from etp_deploy.training.forces import (
     PAPER_STEEPNESS,
+    RANKING,
     REFERENCE_STEEPNESS,
     Force,
     Pivot,
     distances,
     force_of,
+    network_distances,
     steepness_for,
 )
 from etp_deploy.training.layout import wide
@@ -65,8 +67,11 @@ class TorqueRegularizer(Modules):
             absolute values (the reference code's); "l1", their sum; "l2", the root of the sum of squares times
             the root of the number of weights, whose pull does not fade as the module shrinks.
         pivot: what torque is measured from, for every group that says nothing itself: an index, negative from
-            the end; "middle"; by the norms when the regulariser is made, "largest" (the place of the largest)
-            or "ordered" (distance is the rank by norm).
+            the end; "middle"; by importance when the regulariser is made, "largest" (the place of the most
+            important), "ordered" (distance is the rank in the group) or "network" (the rank over all groups).
+        importance: of each group's modules, shape (n,), for the pivots that go by it, such as
+            `etp_deploy.training.removal_order` finds; None for the norms (of "network", in units of their
+            group's mean).
         threshold: magnitude below which `clip` zeroes.
         steepness: s in `lambda = exp(s / n)`; None for the paper's 5, or for the reference code's
             500 * ln(1.01) = 4.975 where the norm is "mean_l1". Of the exponential force alone.
@@ -92,6 +97,7 @@ class TorqueRegularizer(Modules):
         force: Force = "exponential",
         norm: Norm = "l2_squared",
         pivot: Pivot = 0,
+        importance: Mapping[str, Tensor] | None = None,
         threshold: float = REFERENCE_THRESHOLD,
         steepness: float | None = None,
         keep: float | None = None,
@@ -121,23 +127,51 @@ class TorqueRegularizer(Modules):
         elif steepness is None:
             steepness = REFERENCE_STEEPNESS if norm == "mean_l1" else PAPER_STEEPNESS
         self._start = self._norms()
+        self._importance = None if importance is None else self._checked(importance, pivot)
         self._forces = self._initial_forces(force, pivot, steepness)
 
     def _pulled_layout(self) -> Layout:
         """Return the layout of the weights that feel the force and make a module's size; all, here."""
-        return self._layout
+        return self.layout
 
     def _initial_forces(self, force: Force, pivot: Pivot, steepness: float) -> Tensor:
         """Return the force on every module, shape (total,), float64 for exactness."""
-        forces = []
-        for group, norms in zip(self.groups, self._layout.split(self._start), strict=True):
-            wanted = pivot if group.pivot is None else group.pivot
-            distance = distances(len(norms), wanted, norms, where=group.name)
-            forces.append(force_of(distance, force, steepness))
+        forces = [force_of(distance, force, steepness) for distance in self._distances(pivot)]
         row = torch.cat(forces)
         if not row.float().isfinite().all():
             raise UsageError(f"{steepness} makes forces that are no numbers in float32", where="steepness")
         return row
+
+    def _distances(self, pivot: Pivot) -> list[Tensor]:
+        """Return how far each group's modules lie from the pivot."""
+        pivots = [pivot if group.pivot is None else group.pivot for group in self.groups]
+        importance = self._importance or self.layout.split(self._start)
+        ranked: Sequence[Tensor] = ()
+        if "network" in pivots:
+            comparable = self._importance or list(self.relative_scores().values())
+            ranked = network_distances(comparable)
+        return [
+            ranked[number] if wanted == "network" else distances(len(own), wanted, own, where=group.name)
+            for number, (group, wanted, own) in enumerate(zip(self.groups, pivots, importance, strict=True))
+        ]
+
+    def _checked(self, importance: Mapping[str, Tensor], pivot: Pivot) -> tuple[Tensor, ...]:
+        """Return the importance of each group's modules.
+
+        Raises:
+            UsageError: it is not of these groups, holds what is no number, or no pivot goes by it.
+        """
+        if not any((pivot if group.pivot is None else group.pivot) in RANKING for group in self.groups):
+            raise UsageError("no pivot goes by it", where="importance", hint=f"one of {', '.join(RANKING)}")
+        names = {group.name for group in self.groups}
+        if importance.keys() != names:
+            differing = ", ".join(sorted(importance.keys() ^ names))
+            raise UsageError(f"it is not of these groups: {differing}", where="importance")
+        found = tuple(importance[group.name].detach().cpu().double() for group in self.groups)
+        for group, count, own in zip(self.groups, self.layout.counts, found, strict=True):
+            if own.shape != (count,) or not own.isfinite().all():
+                raise UsageError(f"want {count} numbers", where=f"importance of {group.name}")
+        return found
 
     def forces(self, group: str) -> Tensor:
         """Return the force on each module of a group, shape (n,), without beta.
@@ -145,7 +179,7 @@ class TorqueRegularizer(Modules):
         Raises:
             UsageError: there is no such group.
         """
-        return self._layout.split(self._forces)[self._number(group)].clone()
+        return self.layout.split(self._forces)[self._number(group)].clone()
 
     # the force
 
@@ -216,7 +250,7 @@ class TorqueRegularizer(Modules):
     @torch.no_grad()
     def scores(self) -> dict[str, Tensor]:
         """Return the importance of each group's modules: the L2 norm over all parts that feel the force."""
-        return self._by_group(self._norms())
+        return self.by_group(self._norms())
 
     def _norms(self) -> Tensor:
         layout = self._pulled
@@ -225,7 +259,7 @@ class TorqueRegularizer(Modules):
     @torch.no_grad()
     def relative_scores(self) -> dict[str, Tensor]:
         """Return the scores in units of their group's mean at the start, so that groups can be compared."""
-        starts = self._by_group(self._start)
+        starts = self.by_group(self._start)
         scores = self.scores().items()
         return {name: row / starts[name].to(row).mean().clamp(min=1e-30) for name, row in scores}
 
@@ -233,7 +267,7 @@ class TorqueRegularizer(Modules):
 
     def _identity(self) -> dict[str, Any]:
         """Return what a checkpoint has to agree about."""
-        groups = [[group.name, count] for group, count in zip(self.groups, self._layout.counts, strict=True)]
+        groups = [[group.name, count] for group, count in zip(self.groups, self.layout.counts, strict=True)]
         return {"groups": groups, "method": [type(self).__name__, self._norm]}
 
     def state_dict(self) -> dict[str, Any]:
@@ -260,7 +294,7 @@ class TorqueRegularizer(Modules):
         self._forces, self._start = state["forces"].clone(), state["start"].clone()
         self._frozen, self._held = None, []
         if state["frozen"] is not None:
-            device = self._layout.weights(self.model)[0].device
+            device = self.layout.weights(self.model)[0].device
             self._set_frozen(state["frozen"].to(device))
 
 

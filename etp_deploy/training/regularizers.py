@@ -145,9 +145,9 @@ class GrowingRegularizer(TorqueRegularizer):
         """Return one half for the modules that are to go, zero for those that stay."""
         del force, pivot, steepness
         with torch.no_grad():
-            sums = self._layout.reduce(self._layout.weights(self.model), "absolutes")
+            sums = self.layout.reduce(self.layout.weights(self.model), "absolutes")
         forces = []
-        for norms in self._layout.split(self._layout.by_module(sums).cpu().double()):
+        for norms in self.layout.split(self.layout.by_module(sums).cpu().double()):
             going = len(norms) - max(1, round(self._keep * len(norms)))
             order = torch.argsort(norms, stable=True)
             forces.append(torch.zeros_like(norms).index_fill_(0, order[:going], 0.5))
