@@ -68,20 +68,20 @@ class Variant:
     Args:
         pivot: "ordered", by norm at the start, unit by unit, or "network", by `removal_order` over all units.
         norm: that is pulled on.
-        steep: whether the exponential's rise, `exp(5)`, lies within the share of modules that stays, in place of the
-            paper's over all.
+        rise: the exponential grows by `exp(rise)` over the modules that stay, so that `s = rise / keep`; None for the
+            paper's s = 5.
     """
 
     pivot: str
     norm: str
-    steep: bool
+    rise: float | None
 
 
 VARIANTS = {
-    "norm": Variant("ordered", "l2", steep=True),
-    "norm squared": Variant("ordered", "l2_squared", steep=False),
-    "sensitivity": Variant("network", "l2", steep=True),
-    "sensitivity squared": Variant("network", "l2_squared", steep=False),
+    "norm": Variant("ordered", "l2", 2.5),
+    "norm squared": Variant("ordered", "l2_squared", None),
+    "sensitivity": Variant("network", "l2", 5.0),
+    "sensitivity squared": Variant("network", "l2_squared", None),
 }
 
 
@@ -221,7 +221,7 @@ class Torque(Pulling):
     @property
     def steepness(self) -> float:
         """That of the exponential."""
-        return PAPER_STEEPNESS / self.staying if self.variant.steep else PAPER_STEEPNESS
+        return PAPER_STEEPNESS if self.variant.rise is None else self.variant.rise / self.staying
 
     @cached_property
     def whole(self) -> TorqueRegularizer:
@@ -414,7 +414,7 @@ def _pulling(method: str, **options: Any) -> Callable[[Setting], Force]:
 ORDERED = tuple(
     Choice(strength, variant)
     for variant, one in VARIANTS.items()
-    for strength in ((1.0,) if one.norm == "l2_squared" else (0.3, 1.0))
+    for strength in ((1.0,) if one.norm == "l2_squared" else (0.5, 1.0))
 )
 
 METHODS = {

@@ -160,8 +160,9 @@ strengths {grid}. Strength 1 brings a module of average size, the first that has
 gradient defends it. ETP and linear torque come by index, as published, and ordered. Ordered, both choose from the same
 {len(ORDERED)} settings: distance is the rank by norm at the start, unit by unit ("norm"), or the place in the order of
 removal over the whole network that the library's `removal_order` finds by first-order sensitivity ("sensitivity"); the
-pull is that of the norm with strengths 0.3 and 1, or of its square, as published, with strength 1 ("squared"). The
-exponential's rise, exp(5), is the paper's with the square and lies within the modules that stay otherwise. The
+pull is that of the norm with strengths 0.5 and 1, or of its square, as published, with strength 1 ("squared"). The
+exponential's steepness is the paper's 5 with the square; otherwise the force grows over the modules that stay by
+exp(2.5) in the order of norms (the library's `keep`) and by exp(5) in that of sensitivity. The
 setting is chosen for each method and speed-up on validation examples with seed 0, "(end)" where it is the least or the
 most of six strengths; test examples are looked at once. The forces are proximal steps outside Adam, for all. The dense
 network is trained on for as long as the others. DepGraph is torch-pruning 1.6.1's GroupNormPruner with its own groups.
