@@ -258,6 +258,43 @@ def test_ranks_in_a_group_by_importance():
     assert largest.forces("").tolist() == [1, 0, 1, 2]
 
 
+def layers_of_two_scales():
+    """Two layers, one of weights a hundred times those of the other, all modules of one size in each."""
+    model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 6)).double()
+    with torch.no_grad():
+        model[0].weight.copy_(torch.randn(5, 4).sign() * 0.01)
+        model[1].weight.copy_(torch.randn(6, 5).sign())
+    return model, [Group(name, "neurons", (Part(f"{name}.weight"),)) for name in "01"]
+
+
+@pytest.mark.parametrize("method", ["group_lasso", "l1"])
+def test_relative_pulls_reach_zero_together(method):
+    """Rates that sum up to one over beta bring every module to zero, in both layers, and no fewer do."""
+    model, declared = layers_of_two_scales()
+    regularizer = make(method, model, declared, beta=2.0, relative=True)
+    for _ in range(9):
+        regularizer.shrink(0.05)
+    assert not any(dead.any() for dead in regularizer.dead().values())
+    left = [float(weight.detach().abs().mean()) for weight in (model[0].weight, model[1].weight)]
+    assert left == pytest.approx([0.001, 0.1])
+    regularizer.shrink(0.0501)
+    assert all(dead.all() for dead in regularizer.dead().values())
+
+
+def test_relative_scales_are_those_of_the_start():
+    """A checkpoint has them; of zeros nothing is made; a squared norm needs none."""
+    model, declared = layers_of_two_scales()
+    regularizer = make("group_lasso", model, declared, relative=True)
+    with torch.no_grad():
+        model[1].weight.zero_()
+    other = make("group_lasso", model, declared, relative=True)
+    assert other.forces("1").tolist() == [1.0] * 6
+    other.load_state_dict(regularizer.state_dict())
+    assert other.forces("0").tolist() == pytest.approx([0.01] * 5)
+    with pytest.raises(UsageError, match="relative by itself"):
+        make("etp", model, declared, relative=True)
+
+
 @pytest.mark.parametrize(
     ("options", "where"),
     [

@@ -68,6 +68,17 @@ def test_a_transformer_loses_heads_and_neurons(capsys, tmp_path):
     assert "same outputs: True" in text
 
 
+def test_a_trained_network_loses_what_its_loss_can_do_without(capsys, tmp_path):
+    """The order names every module's place, and the target is met with the outputs proved equal."""
+    options = ["--epochs=2", "--dense-epochs=1", "--width=4", "--target=macs:0.3"]
+    assert load("prune_trained").main([*options, "-o", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    before, after = counts(text, "multiply-accumulates")
+    assert 0.15 * before < after <= 0.3 * before
+    assert re.search(r"first to go at 0\b", text)
+    assert "same outputs: True" in text
+
+
 def test_a_latency_is_reached_as_measured(capsys, tmp_path):
     """The controller's last measurement is at or below the target, and the files are faster."""
     options = ["--epochs=1", "--images=64", "--width=24", "--target=latency:0.6", "--bench-seconds=0.5"]

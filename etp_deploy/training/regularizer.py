@@ -72,6 +72,9 @@ class TorqueRegularizer(Modules):
         importance: of each group's modules, shape (n,), for the pivots that go by it, such as
             `etp_deploy.training.removal_order` finds; None for the norms (of "network", in units of their
             group's mean).
+        relative: whether a group is pulled in units of the root mean square of its weights when the regulariser is
+            made, so that one beta means the same in layers of large and of small weights: with the norm "l2" a
+            module of average size that no gradient defends is zero once `beta * f_i` times the sum of the rates is 1.
         threshold: magnitude below which `clip` zeroes.
         steepness: s in `lambda = exp(s / n)`; None for the paper's 5, or for the reference code's
             500 * ln(1.01) = 4.975 where the norm is "mean_l1". Of the exponential force alone.
@@ -98,6 +101,7 @@ class TorqueRegularizer(Modules):
         norm: Norm = "l2_squared",
         pivot: Pivot = 0,
         importance: Mapping[str, Tensor] | None = None,
+        relative: bool = False,
         threshold: float = REFERENCE_THRESHOLD,
         steepness: float | None = None,
         keep: float | None = None,
@@ -114,6 +118,8 @@ class TorqueRegularizer(Modules):
             if not (math.isfinite(value) and value >= 0):
                 raise UsageError(f"{value} is neither zero nor positive", where=option)
         _check_force(force, pivot, steepness, keep)
+        if relative and norm == "l2_squared":
+            raise UsageError("the pull of a squared norm is relative by itself", where="relative")
         if groups is None:
             groups = discover(model, exclude=exclude, include_bias=include_bias, include_norm=include_norm)
         elif exclude or include_bias or include_norm:
@@ -129,6 +135,8 @@ class TorqueRegularizer(Modules):
         self._start = self._norms()
         self._importance = None if importance is None else self._checked(importance, pivot)
         self._forces = self._initial_forces(force, pivot, steepness)
+        if relative:
+            self._forces *= self._scales()
 
     def _pulled_layout(self) -> Layout:
         """Return the layout of the weights that feel the force and make a module's size; all, here."""
@@ -155,6 +163,16 @@ class TorqueRegularizer(Modules):
             for number, (group, wanted, own) in enumerate(zip(self.groups, pivots, importance, strict=True))
         ]
 
+    def _scales(self) -> Tensor:
+        """Return the root mean square of its group's weights for each module, 1 where they are all zero."""
+        squares = self._pulled.split(self._start.cpu().double().square())
+        elements = self._pulled.split(self._pulled.elements)
+        means = [own.sum() / count.sum().clamp(min=1) for own, count in zip(squares, elements, strict=True)]
+        scales = [mean.sqrt() if mean > 0 else torch.ones_like(mean) for mean in means]
+        return torch.cat(
+            [scale.expand(count) for scale, count in zip(scales, self.layout.counts, strict=True)]
+        )
+
     def _checked(self, importance: Mapping[str, Tensor], pivot: Pivot) -> tuple[Tensor, ...]:
         """Return the importance of each group's modules.
 
@@ -174,7 +192,7 @@ class TorqueRegularizer(Modules):
         return found
 
     def forces(self, group: str) -> Tensor:
-        """Return the force on each module of a group, shape (n,), without beta.
+        """Return the force on each module of a group, shape (n,), without beta; `relative` has its scale in it.
 
         Raises:
             UsageError: there is no such group.
