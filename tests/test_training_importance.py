@@ -65,13 +65,13 @@ def loss(model, batch):
 
 
 class Share(Cost):
-    """The share of weights of the marked groups that is left: the same price for every module of a group."""
+    """What the live modules cost together, the same price for every module of a group."""
 
     def __init__(self, prices):
         self.prices = prices
 
     def ratio(self, model, zero):
-        """Return what the live modules cost together."""
+        """Return it, over what all cost."""
         twin = Modules(model, groups(), 0.0, "module")
         flat, start = torch.from_numpy(zero), 0
         kept = {name: weight.detach().clone() for name, weight in model.named_parameters()}
@@ -82,7 +82,8 @@ class Share(Cost):
             dead = twin.dead()
             for name, weight in model.named_parameters():
                 weight.copy_(kept[name])
-        return sum(price * int((~dead[name]).sum()) for name, price in self.prices.items())
+        whole = sum(price * len(dead[name]) for name, price in self.prices.items())
+        return sum(price * int((~dead[name]).sum()) for name, price in self.prices.items()) / whole
 
 
 def test_sensitivity_is_the_derivative_of_shrinking_a_module():
@@ -150,11 +151,11 @@ def test_what_nobody_reads_goes_first():
 
 
 class Count(Cost):
-    """How many neurons of a layer of one input are not zero."""
+    """Which share of the neurons of a layer of one input is not zero."""
 
     def ratio(self, model, zero):
-        """Return the number."""
-        return float((~zero[: len(model.first)]).sum())
+        """Return the share."""
+        return float((~zero[: len(model.first)]).mean())
 
 
 class Twins(nn.Module):

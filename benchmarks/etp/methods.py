@@ -161,6 +161,11 @@ class Pulling:
         size = mean / (elements / unit.count(setting.network))
         return setting.choice.strength * size**0.5 / (setting.pulls * self.edges[unit.group.name])
 
+    def _unit(self, force: Tensor, name: str) -> float:
+        """Return what pulls are compared in among modules that are zero: the largest."""
+        del name
+        return float(force.max())
+
     def pull(self, rate: float) -> None:
         """Take the proximal step of every unit."""
         for regularizer in self.regularizers.values():
@@ -169,7 +174,7 @@ class Pulling:
     def scores(self) -> dict[str, Tensor]:
         """Return each module's norm after the pull, as a share of its unit's mean.
 
-        Modules that are zero come in the order of the pull that they felt, in units of their unit's edge. Gains are
+        Modules that are zero come in the order of the pull that they felt, each unit's in a unit of its own. Gains are
         compared as they are.
         """
         found = {}
@@ -177,7 +182,7 @@ class Pulling:
             norms = regularizer.scores()[name].double()
             force = regularizer.forces(name)
             share = norms if self.method == "slimming" else norms / norms.mean().clamp(min=1e-30)
-            found[name] = torch.where(norms > 0, share, -force / self.edges[name])
+            found[name] = torch.where(norms > 0, share, -force / self._unit(force, name))
         return found
 
     def pruned(self) -> tuple[nn.Module, dict[str, Tensor] | None]:
@@ -226,16 +231,16 @@ class Torque(Pulling):
     @cached_property
     def whole(self) -> TorqueRegularizer:
         """The torque over all units at once, for its forces."""
-        options = {"pivot": "network", "importance": self.order, **self._steepness()}
+        options = {"pivot": "network", "importance": self.order, **self._rise()}
         groups = [unit.group for unit in self.setting.units]
         return make(self.method, self.setting.network, groups=groups, **options)
 
-    def _steepness(self) -> dict[str, float]:
+    def _rise(self) -> dict[str, float]:
         return {"steepness": self.steepness} if self.shape == "exponential" else {}
 
     def _regularizer(self, unit: Unit, options: Mapping[str, Any]) -> TorqueRegularizer:
         if self.variant.pivot != "network":
-            return super()._regularizer(unit, {**options, "pivot": "ordered", **self._steepness()})
+            return super()._regularizer(unit, {**options, "pivot": "ordered", **self._rise()})
         regularizer = super()._regularizer(unit, options)
         regularizer.load_state_dict(
             {**regularizer.state_dict(), "forces": self.whole.forces(unit.group.name)}
@@ -248,6 +253,11 @@ class Torque(Pulling):
         count = unit.count(self.setting.network)
         distance = torch.full((count,), self.staying * count, dtype=torch.float64)
         return float(force_of(distance, self.shape, self.steepness)[0])
+
+    def _unit(self, force: Tensor, name: str) -> float:
+        """Return the pull at the edge, so that what lies as far beyond it in one order goes alike."""
+        del force
+        return self.edges[name]
 
     def _beta(self, unit: Unit) -> float:
         if self.variant.norm != "l2_squared":
@@ -265,17 +275,26 @@ class Cut:
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
-        network, units = setting.network, setting.units
+        network, units, example = setting.network, setting.units, setting.example
         if VARIANTS[setting.choice.variant].pivot == "network":
-            scores = setting.removal()
+            self.keep = choose(network, units, setting.removal(), example, setting.speedup)
         else:
-            groups = [unit.group for unit in units]
-            scores = make("group_lasso", network, groups=groups).relative_scores()
-        try:
-            self.keep = choose(network, units, scores, setting.example, setting.speedup)
-        except ValueError as error:
-            raise OutOfReachError(str(error)) from error
+            self.keep = self._uniform()
         self.modules = Modules(network, [unit.readers() for unit in units], 0.0, "module")
+        self.pull(0.0)
+
+    def _uniform(self) -> dict[str, Tensor]:
+        """Keep the modules of the largest norms, the same share of every unit."""
+        network, units = self.setting.network, self.setting.units
+        share = max(uniform_share(network, units, self.setting.example, self.setting.speedup), FLOOR)
+        norms = make("group_lasso", network, groups=[unit.group for unit in units]).scores()
+        keep = {}
+        for unit in units:
+            own = norms[unit.group.name]
+            staying = max(unit.least(network), round(share * len(own)))
+            keep[unit.group.name] = torch.zeros(len(own), dtype=torch.bool)
+            keep[unit.group.name][own.argsort(descending=True, stable=True)[:staying]] = True
+        return keep
 
     def pull(self, rate: float) -> None:
         """Take what is cut away again."""

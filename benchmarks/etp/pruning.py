@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -46,8 +46,9 @@ class Unit:
     gains: tuple[Part, ...] = ()
 
     def readers(self) -> Group:
-        """Return the same modules as their readers alone hold them: once these are zero, the modules are gone."""
-        parts = tuple(part for part in (*self.group.parts, *self.slices) if part.axis == 1)
+        """Return the same modules as their readers alone hold them: once all of these are zero, they are gone."""
+        own = [part for part in (*self.group.parts, *self.slices) if part.axis == 1]
+        parts = tuple(replace(part, decisive=False) for part in own)
         return Group(self.group.name, self.group.kind, parts)
 
     def count(self, model: nn.Module) -> int:

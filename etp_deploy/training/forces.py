@@ -57,7 +57,7 @@ def distances(count: int, pivot: Pivot, importance: Tensor | None = None, *, whe
         UsageError: there is no such pivot.
     """
     places = torch.arange(count, dtype=torch.float64)
-    if isinstance(pivot, str) and pivot not in get_args(Place):
+    if pivot == "network" or (isinstance(pivot, str) and pivot not in get_args(Place)):
         raise UsageError(f"{pivot!r} is no pivot", where=f"pivot of {where}")
     if pivot in {"largest", "ordered"}:
         if importance is None:

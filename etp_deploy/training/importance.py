@@ -7,26 +7,26 @@ any data by iteratively conserving synaptic flow" (NeurIPS 2020).
 
 from __future__ import annotations
 
+import math
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from etp_deploy.errors import UsageError
 from etp_deploy.training.dying import Modules
+from etp_deploy.training.layout import wide
+from etp_deploy.training.shards import from_first, sum_over_processes
 from etp_deploy.training.wrapping import plain_copy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from etp_deploy.training.cost import Cost
-    from etp_deploy.training.layout import Layout
     from etp_deploy.training.modules import Group
-
-# what one module less saves of the network's cost counts as at least this much
-_LEAST_SAVING = 1e-12
 
 
 def sensitivity(
@@ -38,29 +38,32 @@ def sensitivity(
     """Return how much the loss depends on each module: the mean over batches of `(sum of w * dL/dw)` squared.
 
     The sum over a module's weights is the derivative of the loss as all of them shrink together, as the force makes
-    them. The network is looked at in evaluation mode; its weights, gradients and mode stay as they are.
+    them; a weight that two parts of the module hold counts twice, as it is pulled twice. The network is looked at in
+    evaluation mode; its weights, gradients and mode stay as they are. Several processes sum up over the batches of all.
 
     Args:
-        model: the network.
+        model: the network, not sharded.
         groups: the modules.
         batches: what `loss` takes, each alike in number of examples; small ones tell more.
-        loss: of the network and a batch: a scalar.
+        loss: of the network that it is given and a batch: a scalar.
 
     Returns:
         For each group's name the modules' numbers, shape (n,), zero or above, in float64 on the CPU.
 
     Raises:
-        UsageError: there are no batches, the network is sharded, or the groups cannot be meant.
+        UsageError: there are no batches, the loss is no number or does not reach a group, the network is sharded, or
+            the groups cannot be meant.
         ModelError: a group does not fit the model.
     """
     modules = Modules(model, groups, 0.0, "module")
-    return modules.by_group(_sensitivity(modules.layout, model, batches, loss))
+    _refuse_shards(modules)
+    return modules.by_group(_sensitivity(modules, batches, loss))
 
 
 def removal_order(
     model: nn.Module,
     groups: Sequence[Group],
-    batches: Sequence[Any],
+    batches: Iterable[Any],
     loss: Callable[[nn.Module, Any], Tensor],
     *,
     cost: Cost,
@@ -79,12 +82,13 @@ def removal_order(
     network itself stays as it is.
 
     Args:
-        model: the network, trained.
+        model: the network, trained, not sharded.
         groups: the modules, with all of their weights: what of one is left out works on once it is gone.
         batches: see `sensitivity`; gone through once a round.
-        loss: see `sensitivity`.
-        cost: how the network is priced without some modules; asked once a round for each group, and some times more.
-        target: the wanted cost, relative to the network's as it is: above 0 and below 1.
+        loss: see `sensitivity`; it is given copies of the network.
+        cost: how the network is priced without some modules, once a round for each group and some times more. It has
+            to fall as modules go, and to say the same when it is asked again: measured latency does not.
+        target: the wanted cost, relative to the dense network's: below what the network costs now.
         rounds: in how many steps the target is reached.
         least: the share of each group that stays, at least one module.
 
@@ -92,18 +96,26 @@ def removal_order(
         For each group's name the modules' places in the order of removal, 0 for the first to go, shape (n,), float64.
 
     Raises:
-        UsageError: an option cannot be meant, or the target is out of reach.
+        UsageError: an option cannot be meant, the target is out of reach, or see `sensitivity`.
         ModelError: a group does not fit the model.
     """
     if not 0 < target < 1:
         raise UsageError(f"{target} is no share of the cost", where="target", hint="above 0 and below 1")
     if rounds < 1 or not 0 <= least <= 1:
         raise UsageError("want at least one round, and a share to keep", where="rounds, least")
-    twin = plain_copy(model)
-    modules = Modules(twin, groups, 0.0, "module")
+    if iter(batches) is batches:
+        hint = "give a list: each round goes through them"
+        raise UsageError("they can be gone through only once", where="batches", hint=hint)
+    _refuse_shards(Modules(model, groups, 0.0, "module"))
+    modules = Modules(plain_copy(model), groups, 0.0, "module")
     plan = _Plan(modules, cost, least)
+    start = plan.ratio
+    if start <= target:
+        raise UsageError(
+            f"the network costs {start:.3f} of the dense one already", where=f"target {target:g}"
+        )
     for number in range(1, rounds + 1):
-        plan.advance(_sensitivity(modules.layout, twin, batches, loss), target ** (number / rounds))
+        plan.advance(_sensitivity(modules, batches, loss), start * (target / start) ** (number / rounds))
     if plan.ratio > target:
         hint = f"with the least that may stay of each group it is {plan.ratio:.3f} of the dense network's"
         raise UsageError("the cost is out of reach of these groups", where=f"target {target:g}", hint=hint)
@@ -117,56 +129,83 @@ class _Plan:
         modules: of the copy that they go from.
         cost: prices it.
         least: the share of each group that stays.
+
+    Attributes:
+        ratio: the cost of what is left, relative to the dense network's.
     """
 
     def __init__(self, modules: Modules, cost: Cost, least: float) -> None:
         self._modules = modules
         self._cost = cost
-        counts = modules.layout.counts
-        self._least = [max(1, -int(-least * count // 1)) for count in counts]
-        self._gone = torch.cat([dead.cpu() for dead in modules.dead().values()])
+        self._floors = [max(1, math.ceil(least * count)) for count in modules.layout.counts]
+        self._gone = self._dead()
         self._order = torch.nonzero(self._gone).reshape(-1).tolist()
-        self._dense = self._price(self._gone)
+        #: what one module of each group saved when it was last asked
+        self._savings = [0.0 for _ in self._floors]
         self._worth = torch.zeros(len(self._gone), dtype=torch.float64)
-        self.ratio = 1.0
+        self.ratio = self._without([])
 
-    def _price(self, gone: Tensor) -> float:
-        return self._cost.ratio(self._modules.model, self._modules.zeros(gone))
+    def _dead(self) -> Tensor:
+        return torch.cat([dead.cpu() for dead in self._modules.dead().values()])
 
-    def _without(self, places: Iterable[int]) -> float:
-        """Return the cost, relative to that at the start, once more modules are gone."""
+    def _without(self, places: Sequence[int]) -> float:
+        """Return the cost once more modules are gone; the first process's answer holds for all."""
         gone = self._gone.clone()
         gone[list(places)] = True
-        return self._price(gone) / self._dense
+        return from_first(lambda: self._cost.ratio(self._modules.model, self._modules.zeros(gone)))
 
     def advance(self, sensitivity: Tensor, wanted: float) -> None:
         """Let as few go as bring the cost down to what is wanted, or all that may.
 
         Args:
             sensitivity: of each module in a row.
-            wanted: relative to the cost at the start.
+            wanted: relative to the dense network's cost.
         """
-        going, start = [], 0
-        for count, least in zip(self._modules.layout.counts, self._least, strict=True):
-            own = range(start, start + count)
-            live = [place for place in own if not self._gone[place]]
+        going: list[int] = []
+        start = 0
+        for number, count in enumerate(self._modules.layout.counts):
+            live = [place for place in range(start, start + count) if not self._gone[place]]
+            ranked = sorted(live, key=lambda place: float(sensitivity[place]))[
+                : len(live) - self._floors[number]
+            ]
+            if len(live) > self._floors[number]:
+                # over many at once, so that a price in steps is seen
+                some = ranked[: max(1, len(ranked) // 2)]
+                self._savings[number] = (self.ratio - self._without(some)) / len(some)
+                going += ranked
+            saving = self._savings[number]
+            worth = sensitivity[live] / saving if saving > 0 else torch.full((len(live),), math.inf)
+            self._worth[live] = worth.to(self._worth)
             start += count
-            if len(live) <= least:
-                continue
-            saved = max(self.ratio - self._without(live[:1]), _LEAST_SAVING)
-            self._worth[own.start : own.stop] = sensitivity[own.start : own.stop] / saved
-            ranked = sorted(live, key=lambda place: float(self._worth[place]))
-            going += ranked[: len(live) - least]
         going.sort(key=lambda place: float(self._worth[place]))
-        low, high = 0, len(going)
+        low, high, reached = 0, len(going), None
         while low < high:
             middle = (low + high) // 2
-            low, high = (low, middle) if self._without(going[:middle]) <= wanted else (middle + 1, high)
-        self._order += going[:low]
-        self._gone[going[:low]] = True
-        self.ratio = self._price(self._gone) / self._dense
-        for name, dead in self._modules.by_group(self._gone).items():
-            self._modules.kill(name, torch.nonzero(dead).reshape(-1).tolist())
+            found = self._without(going[:middle])
+            if found <= wanted:
+                high, reached = middle, found
+            else:
+                low = middle + 1
+        self.ratio = self._without(going) if reached is None else reached
+        self._remove(going[:low])
+
+    def _remove(self, places: Sequence[int]) -> None:
+        """Kill modules in the copy.
+
+        Raises:
+            UsageError: with them the last of another group went, which shares their weights.
+        """
+        self._order += places
+        self._gone[list(places)] = True
+        for name, gone in self._modules.by_group(self._gone).items():
+            self._modules.kill(name, torch.nonzero(gone).reshape(-1).tolist())
+        taken = torch.nonzero(self._dead() & ~self._gone).reshape(-1).tolist()
+        self._order += taken
+        self._gone[taken] = True
+        for name, gone in self._modules.by_group(self._gone).items():
+            if gone.all():
+                hint = "declare groups that do not hold each other's weights"
+                raise UsageError("nothing is left of it once others are gone", where=name, hint=hint)
 
     def places(self) -> Tensor:
         """Return each module's place in the order of removal; what stays comes last."""
@@ -176,26 +215,44 @@ class _Plan:
         return torch.empty_like(places).index_copy_(0, torch.tensor(order), places)
 
 
+def _refuse_shards(modules: Modules) -> None:
+    if modules.layout.weights(modules.model).sharded:
+        raise UsageError("a sharded network is not known here", where="model", hint="ask before fully_shard")
+
+
 def _sensitivity(
-    layout: Layout, model: nn.Module, batches: Iterable[Any], loss: Callable[[nn.Module, Any], Tensor]
+    modules: Modules, batches: Iterable[Any], loss: Callable[[nn.Module, Any], Tensor]
 ) -> Tensor:
     """Return the sensitivity of all modules in a row, float64, on the CPU."""
-    weights = layout.weights(model)
-    if weights.sharded:
-        raise UsageError("a sharded network is not known here", where="model", hint="ask before fully_shard")
-    total, count = torch.zeros(layout.total, dtype=torch.float64), 0
-    with _looked_at(model, weights.parameters):
+    layout, weights = modules.layout, modules.layout.weights(modules.model).parameters
+    total, count, reached = torch.zeros(layout.total, dtype=torch.float64), 0, set()
+    with _looked_at(modules.model, weights):
         for batch in batches:
-            gradients = torch.autograd.grad(loss(model, batch), weights.parameters, allow_unused=True)
-            products = [
-                torch.zeros_like(weight) if gradient is None else weight.detach() * gradient
-                for weight, gradient in zip(weights.parameters, gradients, strict=True)
-            ]
+            value = loss(modules.model, batch)
+            gradients = (
+                torch.autograd.grad(value, weights, allow_unused=True)
+                if value.requires_grad
+                else [None for _ in weights]
+            )
+            products = []
+            for name, weight, gradient in zip(layout.names, weights, gradients, strict=True):
+                own = weight.detach().to(wide(weight.dtype))
+                products.append(torch.zeros_like(own) if gradient is None else own * gradient)
+                if gradient is not None:
+                    reached.add(name)
             total += layout.sums(products).cpu().double().square()
             count += 1
-    if not count:
+    # the order of the processes' own numbers must not differ, nor may one of them raise alone
+    total, counted = sum_over_processes(total), sum_over_processes(torch.tensor(float(count)))
+    if not counted:
         raise UsageError("there are no batches", where="batches")
-    return total / count
+    for group, own in zip(modules.groups, layout.split(total), strict=True):
+        if count and not any(part.parameter in reached for part in group.parts):
+            hint = "it has to be computed with the network that it is given"
+            raise UsageError("the loss does not reach it", where=group.name, hint=hint)
+        if not own.isfinite().all():
+            raise UsageError("the loss or its gradients are no numbers", where=group.name)
+    return total / counted
 
 
 @contextmanager
@@ -203,11 +260,13 @@ def _looked_at(model: nn.Module, parameters: Sequence[Tensor]) -> Iterator[None]
     """Put a network into evaluation mode, with gradients for some parameters, and back."""
     training: Mapping[nn.Module, bool] = {module: module.training for module in model.modules()}
     wanted = [parameter.requires_grad for parameter in parameters]
+    # cuDNN's recurrent layers have no backward in evaluation mode
+    recurrent = any(isinstance(module, nn.RNNBase) for module in training)
     model.eval()
     try:
         for parameter in parameters:
             parameter.requires_grad_(True)
-        with torch.enable_grad():
+        with torch.enable_grad(), torch.backends.cudnn.flags(enabled=not recurrent):
             yield
     finally:
         for parameter, before in zip(parameters, wanted, strict=True):

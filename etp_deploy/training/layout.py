@@ -192,7 +192,7 @@ class Layout:
         for line in self.lines:
             tensor = tensors[line.parameter]
             rest = [axis for axis in range(tensor.ndim) if axis != line.axis]
-            vectors.append(tensor.sum(rest) if rest else tensor)
+            vectors.append((tensor.sum(rest) if rest else tensor).to(tensors[0].device))
         values = torch.cat(vectors)
         result = values.new_zeros(self.total + 1)
         return result.index_add_(0, self.maps(values.device).modules, values)[:-1]

@@ -133,8 +133,8 @@ class TorqueRegularizer(Modules):
         elif steepness is None:
             steepness = REFERENCE_STEEPNESS if norm == "mean_l1" else PAPER_STEEPNESS
         self._start = self._norms()
-        self._importance = None if importance is None else self._checked(importance, pivot)
-        self._forces = self._initial_forces(force, pivot, steepness)
+        given = None if importance is None else self._checked(importance, force, pivot)
+        self._forces = self._initial_forces(force, pivot, steepness, given)
         if relative:
             self._forces *= self._scales()
 
@@ -142,22 +142,23 @@ class TorqueRegularizer(Modules):
         """Return the layout of the weights that feel the force and make a module's size; all, here."""
         return self.layout
 
-    def _initial_forces(self, force: Force, pivot: Pivot, steepness: float) -> Tensor:
+    def _initial_forces(
+        self, force: Force, pivot: Pivot, steepness: float, importance: tuple[Tensor, ...] | None
+    ) -> Tensor:
         """Return the force on every module, shape (total,), float64 for exactness."""
-        forces = [force_of(distance, force, steepness) for distance in self._distances(pivot)]
+        forces = [force_of(distance, force, steepness) for distance in self._distances(pivot, importance)]
         row = torch.cat(forces)
         if not row.float().isfinite().all():
             raise UsageError(f"{steepness} makes forces that are no numbers in float32", where="steepness")
         return row
 
-    def _distances(self, pivot: Pivot) -> list[Tensor]:
+    def _distances(self, pivot: Pivot, given: tuple[Tensor, ...] | None) -> list[Tensor]:
         """Return how far each group's modules lie from the pivot."""
         pivots = [pivot if group.pivot is None else group.pivot for group in self.groups]
-        importance = self._importance or self.layout.split(self._start)
+        importance = given or self.layout.split(self._start)
         ranked: Sequence[Tensor] = ()
         if "network" in pivots:
-            comparable = self._importance or list(self.relative_scores().values())
-            ranked = network_distances(comparable)
+            ranked = network_distances(given or list(self.relative_scores().values()))
         return [
             ranked[number] if wanted == "network" else distances(len(own), wanted, own, where=group.name)
             for number, (group, wanted, own) in enumerate(zip(self.groups, pivots, importance, strict=True))
@@ -173,19 +174,20 @@ class TorqueRegularizer(Modules):
             [scale.expand(count) for scale, count in zip(scales, self.layout.counts, strict=True)]
         )
 
-    def _checked(self, importance: Mapping[str, Tensor], pivot: Pivot) -> tuple[Tensor, ...]:
+    def _checked(self, importance: Mapping[str, Tensor], force: Force, pivot: Pivot) -> tuple[Tensor, ...]:
         """Return the importance of each group's modules.
 
         Raises:
             UsageError: it is not of these groups, holds what is no number, or no pivot goes by it.
         """
-        if not any((pivot if group.pivot is None else group.pivot) in RANKING for group in self.groups):
+        pivots = [pivot if group.pivot is None else group.pivot for group in self.groups]
+        if force == "uniform" or not any(wanted in RANKING for wanted in pivots):
             raise UsageError("no pivot goes by it", where="importance", hint=f"one of {', '.join(RANKING)}")
         names = {group.name for group in self.groups}
         if importance.keys() != names:
             differing = ", ".join(sorted(importance.keys() ^ names))
             raise UsageError(f"it is not of these groups: {differing}", where="importance")
-        found = tuple(importance[group.name].detach().cpu().double() for group in self.groups)
+        found = tuple(torch.as_tensor(importance[g.name]).detach().cpu().double() for g in self.groups)
         for group, count, own in zip(self.groups, self.layout.counts, found, strict=True):
             if own.shape != (count,) or not own.isfinite().all():
                 raise UsageError(f"want {count} numbers", where=f"importance of {group.name}")

@@ -98,6 +98,9 @@ class SlimmingRegularizer(TorqueRegularizer):
         groups = [group for group in groups if any(self._is_gain(part) for part in group.parts)]
         if not groups:
             raise UsageError("no group holds the gain of a BatchNorm", where="slimming")
+        if options.get("importance") is not None:
+            left = {group.name for group in groups}
+            options["importance"] = {n: own for n, own in options["importance"].items() if n in left}
         super().__init__(model, groups=groups, **{"force": "uniform", "norm": "l1", **options})
 
     def _is_gain(self, part: Part) -> bool:
@@ -119,7 +122,8 @@ class GrowingRegularizer(TorqueRegularizer):
         beta: what the factor grows by.
         keep: the share of each group that feels nothing.
         ceiling: where the factor ends, zero or above.
-        options: of `TorqueRegularizer`; force, norm, pivot and steepness are the method's own and refused.
+        options: of `TorqueRegularizer`; force, norm, pivot, importance, relative and steepness are the method's own and
+            refused.
 
     Raises:
         UsageError: an option cannot be meant.
@@ -133,7 +137,7 @@ class GrowingRegularizer(TorqueRegularizer):
             raise UsageError(f"{keep} is no share of modules", where="keep", hint="above 0, at most 1")
         if not ceiling >= 0:
             raise UsageError(f"{ceiling} is neither zero nor positive", where="ceiling")
-        own = {"force", "norm", "pivot", "steepness"} & options.keys()
+        own = {"force", "norm", "pivot", "importance", "relative", "steepness"} & options.keys()
         if own:
             raise UsageError("growing regularisation has its own", where=", ".join(sorted(own)))
         self._keep = keep
@@ -141,9 +145,11 @@ class GrowingRegularizer(TorqueRegularizer):
         self.intervals = 0
         super().__init__(model, beta=beta, force="uniform", norm="l2_squared", **options)
 
-    def _initial_forces(self, force: Force, pivot: Pivot, steepness: float) -> Tensor:
+    def _initial_forces(
+        self, force: Force, pivot: Pivot, steepness: float, importance: tuple[Tensor, ...] | None
+    ) -> Tensor:
         """Return one half for the modules that are to go, zero for those that stay."""
-        del force, pivot, steepness
+        del force, pivot, steepness, importance
         with torch.no_grad():
             sums = self.layout.reduce(self.layout.weights(self.model), "absolutes")
         forces = []

@@ -187,6 +187,15 @@ def from_first(compute: Callable[[], float]) -> float:
     return answer[0]
 
 
+def sum_over_processes(tensor: Tensor) -> Tensor:
+    """Return the sum of what all processes have, on the CPU; the tensor itself where there is one alone."""
+    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
+        return tensor
+    parts: list[Tensor | None] = [None for _ in range(distributed.get_world_size())]
+    distributed.all_gather_object(parts, tensor)
+    return torch.stack([part for part in parts if part is not None]).sum(0)
+
+
 def _local(tensor: Tensor) -> Tensor:
     return cast("Any", tensor).to_local() if is_sharded(tensor) else tensor
 
