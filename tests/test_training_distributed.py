@@ -109,6 +109,20 @@ def test_a_regulariser_may_be_older_than_the_shards(both):
             torch.testing.assert_close(after[name], scores)
 
 
+def test_two_processes_find_the_order_of_one(both):
+    """Each asks half of the examples; sensitivity and order are those of all, and training goes on from there."""
+    planned = two_processes.plan()
+    wanted = two_processes.importance(two_processes.network(), planned)
+    for answers in both:
+        found = answers["importance"]
+        for name, own in wanted["sensitivity"].items():
+            torch.testing.assert_close(found["sensitivity"][name], own, rtol=1e-4, atol=1e-12)
+            assert torch.equal(found["sensitivity"][name], both[0]["importance"]["sensitivity"][name])
+            assert torch.equal(found["order"][name], wanted["order"][name])
+        for name, weight in wanted["weights"].items():
+            torch.testing.assert_close(found["weights"][name], weight, rtol=1e-3, atol=1e-5)
+
+
 def test_the_first_process_decides(both):
     """Measured costs differ between processes; what the first says, and raises, holds on both."""
     assert [answers["disagreement"] for answers in both] == [(False, "rank 0")] * 2
@@ -124,6 +138,7 @@ def test_what_shards_do_not_allow_is_refused(both):
     for answers in both:
         said = answers["refusals"]
         assert "add_gradients" in said["penalty"]
+        assert "before fully_shard" in said["sensitivity"]
         assert "before fully_shard" in said["blueprint"]
         assert "fully_shard" in said["flat"]
         assert "fully_shard" in said["flattened"]

@@ -1,6 +1,7 @@
 """Sensitivity against derivatives taken by hand, the order of removal against what was planted, forces by it."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from etp_deploy.training import (
     sensitivity,
 )
 from etp_deploy.training.dying import Modules
-from etp_deploy.training.forces import network_distances
+from etp_deploy.training.forces import distances, network_distances
 
 HIDDEN = 6
 
@@ -128,26 +129,148 @@ def test_the_network_stays_as_it_is():
     assert all((row > 0).any() for row in found.values())
 
 
+def row(found):
+    """All groups' numbers in one row."""
+    return torch.cat(list(found.values()))
+
+
+EVEN = {"first": 1.0, "second": 1.0}
+
+
+def test_asked_once_the_order_is_that_of_the_sensitivity():
+    """With equal prices and one round every module has the place of its number, those that stay among them."""
+    model = network()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    wanted = row(sensitivity(model, groups(), batches(), loss)).argsort(stable=True)
+    found = removal_order(model, groups(), batches(), loss, cost=Share(EVEN), target=0.6, rounds=1)
+    assert row(found).argsort().tolist() == wanted.tolist()
+    # the network itself stays
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert model.training
+
+
 def test_what_nobody_reads_goes_first():
-    """Modules whose readers are zero have no sensitivity and the first places; what costs more comes sooner."""
+    """Modules whose readers are all but zero have all but no sensitivity and the first places."""
     model = network()
     with torch.no_grad():
         model[3].weight[:, [1, 4]] = 1e-9
         model[5].weight[:, 2] = 1e-9
-    needless = torch.cat(list(sensitivity(model, groups(), batches(), loss).values())) < 1e-12
+    needless = row(sensitivity(model, groups(), batches(), loss)) < 1e-12
     assert set(needless.nonzero().flatten().tolist()) >= {1, 4, HIDDEN + 2}
-    cost = Share({"first": 1.0, "second": 1.0})
-    order = removal_order(model, groups(), batches(), loss, cost=cost, target=0.5, rounds=3)
-    places = torch.cat(list(order.values()))
-    assert sorted(places[needless].tolist()) == list(range(int(needless.sum())))
-    assert sorted(places.tolist()) == list(range(HIDDEN + 8))
-    dear = removal_order(
-        model, groups(), batches(), loss, cost=Share({"first": 1e-9, "second": 1.0}), target=0.5
+    order = removal_order(model, groups(), batches(), loss, cost=Share(EVEN), target=0.5, rounds=3)
+    assert sorted(row(order)[needless].tolist()) == list(range(int(needless.sum())))
+    assert sorted(row(order).tolist()) == list(range(HIDDEN + 8))
+
+
+def test_what_saves_most_goes_before_what_matters_least():
+    """The least sensitive module is of the group that costs nothing, and stays."""
+    model = network()
+    found = row(sensitivity(model, groups(), batches(), loss))
+    live = found.masked_fill(found == 0, math.inf)
+    cheap = "first" if int(live.argmin()) < HIDDEN else "second"
+    prices = {name: 1e-9 if name == cheap else 1.0 for name in EVEN}
+    order = removal_order(model, groups(), batches(), loss, cost=Share(prices), target=0.5, rounds=1)
+    dear = row({name: own for name, own in order.items() if name != cheap})
+    least = row(order)[int(live.argmin())]
+    assert float(least) > float(dear.sort().values[len(dear) // 2 - 1])
+
+
+def test_a_price_in_steps_is_seen():
+    """A group that is priced in threes goes as one that is priced in ones, though one module of it saves nothing."""
+
+    class Threes(Share):
+        def ratio(self, model, zero):
+            """Return the price, the first group's live modules rounded up to threes."""
+            exact = Share({"first": 1.0, "second": 0.0}).ratio(model, zero) * HIDDEN
+            rest = Share({"first": 0.0, "second": 1.0}).ratio(model, zero) * 8
+            return (math.ceil(exact / 3) * 3 + rest) / (HIDDEN + 8)
+
+    model = network()
+    with torch.no_grad():
+        model[3].weight[:, :3] = 1e-6
+    order = removal_order(model, groups(), batches(), loss, cost=Threes(EVEN), target=0.7, rounds=1)
+    needless = row(sensitivity(model, groups(), batches(), loss)) < 1e-12
+    assert needless[:3].all()
+    assert max(order["first"][:3].tolist()) < int(needless.sum())
+
+
+class Sums(nn.Module):
+    """Two layers of four neurons side by side, of which the first hardly counts."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.ones(4, 1)), nn.Parameter(torch.ones(4, 1))
+
+    def forward(self, x):
+        """Return one number for each example."""
+        return 1e-4 * (x @ self.a.T).sum(1) + (x @ self.b.T).sum(1)
+
+
+@pytest.mark.parametrize(("least", "gone"), [(0.0, [3, 1]), (0.5, [2, 2]), (0.6, None)])
+def test_the_least_that_may_stay_stays(least, gone):
+    """Of a group that hardly counts the wanted share is kept, at least one module; the other gives the rest."""
+    declared = [Group(name, "neurons", (Part(name),)) for name in "ab"]
+
+    class Left(Cost):
+        def ratio(self, model, zero):
+            """Return which share of the neurons is not zero."""
+            del model
+            return float((~zero).mean())
+
+    def order():
+        data = [torch.ones(2, 1)]
+        options = {"cost": Left(), "target": 0.5, "rounds": 2, "least": least}
+        return removal_order(Sums(), declared, data, lambda m, x: m(x).square().mean(), **options)
+
+    if gone is None:
+        with pytest.raises(UsageError, match="out of reach"):
+            order()
+    else:
+        assert [int((own < 4).sum()) for own in order().values()] == gone
+
+
+def test_what_is_dead_already_comes_first_and_counts():
+    """A dead module has the first place; the target is relative to the dense network."""
+    model = network()
+    with torch.no_grad():
+        model[3].weight[5] = 0
+    order = removal_order(model, groups(), batches(), loss, cost=Share(EVEN), target=0.5, rounds=2)
+    assert float(order["second"][5]) == 0
+    with pytest.raises(UsageError, match=r"costs 0\.929 of the dense one already"):
+        removal_order(model, groups(), batches(), loss, cost=Share(EVEN), target=0.95)
+
+
+def test_wrapped_and_narrow_networks():
+    """Wrappers are looked through; bfloat16 weights are multiplied and summed up in float32."""
+    model = network()
+    plain = row(sensitivity(model, groups(), batches(), loss))
+    wrapped = row(sensitivity(nn.DataParallel(model), groups(), batches(), loss))
+    assert torch.allclose(plain, wrapped)
+    narrow = network().bfloat16()
+    data = [(x.bfloat16(), y) for x, y in batches()]
+    found = row(
+        sensitivity(narrow, groups(), data, lambda m, b: functional.cross_entropy(m(b[0]).float(), b[1]))
     )
-    # of what is needed, that goes first whose absence saves most
-    needed = torch.cat(list(dear.values())).masked_fill(needless, math.inf)
-    assert int(needed.argmin()) >= HIDDEN
-    assert int((needed[HIDDEN:] < needed[:HIDDEN].min()).sum()) >= 1
+    assert torch.allclose(found.sqrt(), plain.sqrt(), atol=0.1 * float(plain.max()) ** 0.5)
+
+
+def test_groups_that_hold_each_other():
+    """Once the heads of a layer are gone nothing is left of its neurons: said, not planned with."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1)).double()
+    declared = [
+        Group("rows", "neurons", (Part("0.weight"),)),
+        Group("halves", "heads", (Part("0.weight", split=(2, 2)),)),
+    ]
+
+    class Rows(Cost):
+        def ratio(self, network, zero):
+            """Return which share of the rows is not zero."""
+            del network
+            return float((~zero[:12].reshape(4, 3).all(1)).mean())
+
+    data = [(torch.randn(4, 3).double(), None)]
+    with pytest.raises(UsageError, match=r"out of reach|nothing is left"):
+        removal_order(model, declared, data, lambda m, b: m(b[0]).square().mean(), cost=Rows(), target=0.1)
 
 
 class Count(Cost):
@@ -198,8 +321,28 @@ def test_out_of_reach_and_what_cannot_be_meant():
         with pytest.raises(UsageError) as caught:
             removal_order(model, groups(), batches(), loss, cost=cost, **options)
         assert caught.value.where == where
-    with pytest.raises(UsageError, match="no batches"):
-        sensitivity(model, groups(), [], loss)
+    with pytest.raises(UsageError, match="only once"):
+        removal_order(model, groups(), iter(batches()), loss, cost=cost, target=0.5)
+
+
+def _of_another(network):
+    """A loss of a network of its own, not of the one that it is given."""
+    return lambda _, batch: loss(network, batch)
+
+
+@pytest.mark.parametrize(
+    ("data", "made", "text"),
+    [
+        ([], loss, "no batches"),
+        ([(torch.full((2, 4), math.nan), torch.tensor([0, 1]))], loss, "no numbers"),
+        (batches(1), _of_another(network()), "does not reach"),
+        (batches(1), lambda model, batch: loss(model, batch).detach(), "does not reach"),
+    ],
+)
+def test_a_loss_that_says_nothing_is_refused(data, made, text):
+    """What would pass for modules that nobody needs."""
+    with pytest.raises(UsageError, match=text):
+        sensitivity(network(), groups(), data, made)
 
 
 def test_an_order_from_the_surgery():
@@ -216,12 +359,28 @@ def test_an_order_from_the_surgery():
     order = removal_order(
         model, declared, data, loss, cost=PlannedCost(blueprint, "macs"), target=0.5, rounds=3
     )
-    row = torch.cat([order[group.name] for group in declared])
     cost = PlannedCost(blueprint, "macs")
     modules = Modules(model, declared, 0.0, "module")
-    ratios = [cost.ratio(model, modules.zeros(row < count)) for count in range(len(row) - 1)]
-    assert ratios == sorted(ratios, reverse=True)
-    assert min(ratios) <= 0.5
+
+    def reach(places):
+        """Return after how many modules, by place, half of the multiplications are gone."""
+        for count in range(len(places)):
+            if cost.ratio(model, modules.zeros(places < count)) <= 0.5:
+                return count
+        return len(places)
+
+    places = row(order)
+    assert 0 < reach(places) < len(places) - 1
+    kept = [places[start : start + n] >= reach(places) for start, n in ((0, len(order[declared[0].name])),)]
+    assert all(bool(own.any()) for own in kept)
+    # the first to go are those that matter least for what they save, in the network as it was
+    first = int(places.argmin())
+    alone = [
+        1 - cost.ratio(model, modules.zeros(torch.arange(len(places)) == place))
+        for place in range(len(places))
+    ]
+    worth = row(sensitivity(model, declared, data, loss)) / torch.tensor(alone)
+    assert float(worth[first]) <= float(worth.median())
 
 
 def test_forces_by_rank_over_the_network():
@@ -234,6 +393,32 @@ def test_forces_by_rank_over_the_network():
     linear = make("linear_torque", network(), groups(), pivot="network", importance=importance)
     assert linear.forces("second").tolist() == pytest.approx([r * 8 / 14 for r in ranks["second"]])
     assert [len(row) for row in network_distances(list(importance.values()))] == [6, 8]
+
+
+def test_a_group_with_a_pivot_of_its_own_keeps_it():
+    """The others rank over the network, it included."""
+    given = {"first": torch.arange(6.0), "second": torch.arange(10.0, 18.0)}
+    first, second = groups()
+    declared = (replace(first, pivot=0), second)
+    regularizer = make("linear_torque", network(), declared, pivot="network", importance=given)
+    assert regularizer.forces("first").tolist() == [0, 1, 2, 3, 4, 5]
+    assert regularizer.forces("second").tolist() == pytest.approx([r * 8 / 14 for r in range(7, -1, -1)])
+
+
+def test_methods_that_look_at_no_importance():
+    """Network slimming drops groups without a gain, and their importance; what has no pivot refuses one."""
+    given = {"first": torch.arange(6.0), "second": torch.arange(8.0)}
+    model = network()
+    slim = make("slimming", model, groups(), force="linear", pivot="ordered", importance=given)
+    assert slim.forces("first").tolist() == [5, 4, 3, 2, 1, 0]
+    ordered = tuple(replace(group, pivot="ordered") for group in groups())
+    for method, options in (("group_lasso", {"importance": given}), ("greg", {"importance": given})):
+        with pytest.raises(UsageError):
+            make(method, model, ordered, **options)
+    with pytest.raises(UsageError):
+        make("greg", model, groups(), relative=True)
+    with pytest.raises(UsageError):
+        distances(3, "network", torch.arange(3.0))
 
 
 def test_without_an_importance_norms_rank_in_units_of_their_groups():
@@ -290,8 +475,12 @@ def test_relative_scales_are_those_of_the_start():
         model[1].weight.zero_()
     other = make("group_lasso", model, declared, relative=True)
     assert other.forces("1").tolist() == [1.0] * 6
+    with torch.no_grad():
+        model[1].weight.fill_(3.0)
+    other = make("group_lasso", model, declared, relative=True)
+    assert other.forces("1").tolist() == pytest.approx([3.0] * 6)
     other.load_state_dict(regularizer.state_dict())
-    assert other.forces("0").tolist() == pytest.approx([0.01] * 5)
+    assert other.forces("1").tolist() == pytest.approx([1.0] * 6)
     with pytest.raises(UsageError, match="relative by itself"):
         make("etp", model, declared, relative=True)
 

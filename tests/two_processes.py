@@ -12,7 +12,18 @@ from torch import distributed, nn
 from torchrun import leave_group
 
 from etp_deploy.errors import EtpError, UsageError
-from etp_deploy.training import Blueprint, Controller, Cost, Recorder, Scheduled, coupled_groups, make
+from etp_deploy.training import (
+    Blueprint,
+    Controller,
+    Cost,
+    PlannedCost,
+    Recorder,
+    Scheduled,
+    coupled_groups,
+    make,
+    removal_order,
+    sensitivity,
+)
 from etp_deploy.training.shards import from_first, whole
 from etp_deploy.training.wrapping import named_parameters
 
@@ -235,9 +246,31 @@ def refusals(planned):
     return {
         "penalty": message(regularizer.penalty),
         "blueprint": message(lambda: Blueprint(model, INPUT)),
+        "sensitivity": message(lambda: sensitivity(model, planned[1], [], nn.Module.forward)),
         "flat": message(lambda: make("etp", flat, planned[1])),
         "flattened": message(lambda: early.shrink(0.1)),
     }
+
+
+def importance(model, planned):
+    """Return sensitivity and order of removal, each process asking its share, and weights trained after that."""
+    blueprint, groups = planned
+    parallel = distributed.is_initialized()
+    rank, world = (distributed.get_rank(), distributed.get_world_size()) if parallel else (0, 1)
+    generator = torch.Generator().manual_seed(5)
+    images = [torch.randn(4, 1, 6, 6, generator=generator) for _ in range(6)]
+    batches = [(x, x.mean((1, 2, 3)).sign()) for x in images][rank::world]
+
+    def loss(network, batch):
+        return nn.functional.mse_loss(network(batch[0])[:, 0], batch[1])
+
+    cost = PlannedCost(blueprint, "params")
+    found = {
+        "sensitivity": sensitivity(model, groups, batches, loss),
+        "order": removal_order(model, groups, batches, loss, cost=cost, target=0.4, rounds=3),
+    }
+    trained = Training(model, groups).epochs(0, 1).found()
+    return {**found, "weights": trained["weights"]}
 
 
 def sample(folder):
@@ -272,6 +305,7 @@ def main(folder):
         answers[how, "resumed"] = resumed(wrap, planned, folder)
     answers["made before"] = made_before(planned[1])
     Training(sharded(), planned[1], recorder=Recorder(log)).epochs(0, 2)
+    answers["importance"] = importance(replicated(), planned)
     answers["disagreement"] = disagreement(planned[1])
     answers["refusals"] = refusals(planned)
     torch.save(answers, Path(folder, f"answers-{distributed.get_rank()}.pt"))

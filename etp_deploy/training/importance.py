@@ -18,7 +18,7 @@ from etp_deploy.errors import UsageError
 from etp_deploy.training.dying import Modules
 from etp_deploy.training.layout import wide
 from etp_deploy.training.shards import from_first, sum_over_processes
-from etp_deploy.training.wrapping import plain_copy
+from etp_deploy.training.wrapping import plain_copy, unwrapped
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -45,7 +45,7 @@ def sensitivity(
         model: the network, not sharded.
         groups: the modules.
         batches: what `loss` takes, each alike in number of examples; small ones tell more.
-        loss: of the network that it is given and a batch: a scalar.
+        loss: of the network that it is given, without wrappers, and a batch: a scalar.
 
     Returns:
         For each group's name the modules' numbers, shape (n,), zero or above, in float64 on the CPU.
@@ -169,9 +169,8 @@ class _Plan:
                 : len(live) - self._floors[number]
             ]
             if len(live) > self._floors[number]:
-                # over many at once, so that a price in steps is seen
-                some = ranked[: max(1, len(ranked) // 2)]
-                self._savings[number] = (self.ratio - self._without(some)) / len(some)
+                # over all at once, so that a price in steps is seen
+                self._savings[number] = (self.ratio - self._without(ranked)) / len(ranked)
                 going += ranked
             saving = self._savings[number]
             worth = sensitivity[live] / saving if saving > 0 else torch.full((len(live),), math.inf)
@@ -225,10 +224,12 @@ def _sensitivity(
 ) -> Tensor:
     """Return the sensitivity of all modules in a row, float64, on the CPU."""
     layout, weights = modules.layout, modules.layout.weights(modules.model).parameters
+    # data parallel wrappers wait for a backward that never comes
+    model = unwrapped(modules.model)
     total, count, reached = torch.zeros(layout.total, dtype=torch.float64), 0, set()
-    with _looked_at(modules.model, weights):
+    with _looked_at(model, weights):
         for batch in batches:
-            value = loss(modules.model, batch)
+            value = loss(model, batch)
             gradients = (
                 torch.autograd.grad(value, weights, allow_unused=True)
                 if value.requires_grad
@@ -242,7 +243,7 @@ def _sensitivity(
                     reached.add(name)
             total += layout.sums(products).cpu().double().square()
             count += 1
-    # the order of the processes' own numbers must not differ, nor may one of them raise alone
+    # all processes go by the same numbers
     total, counted = sum_over_processes(total), sum_over_processes(torch.tensor(float(count)))
     if not counted:
         raise UsageError("there are no batches", where="batches")
