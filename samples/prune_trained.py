@@ -4,7 +4,7 @@
     python prune_trained.py [-o FOLDER] [--target macs:0.25] [--pivot network] [--epochs 10]
 
 Needs etp-deploy[train]. Put your trained network in place of `trained`, and your data in place of `digits`. With
---pivot ordered the norms decide instead, layer by layer; with 0 the place of a filter does, as published.
+--pivot ordered the norms decide instead, layer by layer; with 0 the place of a filter in its layer does.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset, random_split
 
 import etp_deploy as etp
-from etp_deploy.errors import EtpError
+from etp_deploy.errors import EtpError, UsageError
 from etp_deploy.training import (
     Blueprint,
     Controller,
@@ -149,10 +149,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--width", type=int, default=16, help="filters of the first convolution")
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
-    training, test = digits()
-    model = trained(options.width, training, options.dense_epochs)
-    print(f"accuracy of the dense network on the test images: {accuracy(model, test):.1%}")
     try:
+        if parse_target(options.target)[0] == "latency":
+            raise UsageError("the order is by parameters or multiplications", where=options.target)
+        training, test = digits()
+        model = trained(options.width, training, options.dense_epochs)
+        print(f"accuracy of the dense network on the test images: {accuracy(model, test):.1%}")
         prune(model, training, options)
         print(f"accuracy on the test images: {accuracy(model, test):.1%}")
         options.output.mkdir(parents=True, exist_ok=True)

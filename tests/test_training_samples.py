@@ -79,6 +79,15 @@ def test_a_trained_network_loses_what_its_loss_can_do_without(capsys, tmp_path):
     assert "same outputs: True" in text
 
 
+def test_an_order_has_no_latency(capsys, tmp_path):
+    """Said before any training, in one line, with the code of a usage error."""
+    assert load("prune_trained").main(["--target=latency:0.5", "-o", str(tmp_path / "none")]) == 2
+    captured = capsys.readouterr()
+    assert "latency:0.5" in captured.err
+    assert not captured.out
+    assert not (tmp_path / "none").exists()
+
+
 def test_a_latency_is_reached_as_measured(capsys, tmp_path):
     """The controller's last measurement is at or below the target, and the files are faster."""
     options = ["--epochs=1", "--images=64", "--width=24", "--target=latency:0.6", "--bench-seconds=0.5"]
