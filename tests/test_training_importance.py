@@ -254,6 +254,15 @@ def test_wrapped_and_narrow_networks():
     assert torch.allclose(found.sqrt(), plain.sqrt(), atol=0.1 * float(plain.max()) ** 0.5)
 
 
+def test_sums_over_narrow_weights_are_wide():
+    """1,001 weights of one with gradients of one sum up to 1,001, which bfloat16 does not have."""
+    model = nn.Linear(1001, 2, bias=False).bfloat16()
+    nn.init.constant_(model.weight, 1.0)
+    declared = [Group("g", "neurons", (Part("weight"),))]
+    found = sensitivity(model, declared, [torch.ones(1, 1001).bfloat16()], lambda m, x: m(x).float().sum())
+    assert found["g"].tolist() == [1001.0**2] * 2
+
+
 def test_groups_that_hold_each_other():
     """Once the heads of a layer are gone nothing is left of its neurons: said, not planned with."""
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1)).double()
