@@ -168,7 +168,7 @@ pull is that of the norm with strengths 0.5 and 1, or of its square, as publishe
 exponential's steepness is the paper's 5 with the square; otherwise the force grows over the modules that stay by
 exp(2.5) in the order of norms (the library's `keep`) and by exp(5) in that of sensitivity. The
 setting is chosen for each method and speed-up on validation examples with seed 0, "(end)" where it is the least or the
-most of six strengths; test examples are looked at once. The forces are proximal steps outside Adam, for all. The dense
+most of six strengths; nothing is chosen on test examples. The forces are proximal steps outside Adam, for all. The dense
 network is trained on for as long as the others. DepGraph is torch-pruning 1.6.1's GroupNormPruner with its own groups.
 "Cut at the start, no force" is no method of the literature but the question whether the force is needed: what is last
 in the same orders is gone before the first forced epoch; it is chosen from two settings, the orders.
@@ -179,8 +179,9 @@ the test sets, after an earlier version of this report, on the same test example
 comparisons; the rows of all methods but the ordered torques and "cut" are from that version.
 
 "Equal" counts test examples to which the compressed ONNX file gives the same answer as the full-size PyTorch network
-with its zeros (classes or label sets; forecasts within 1e-4 of the largest value). Latency is the compressed file's
-over the dense file's, in one run, one example, one thread, on the CPU, with its 99 % interval; other jobs shared the
+with its zeros (classes or label sets; forecasts within 1e-4 of the largest value). Informer takes the queries that
+attend by comparing them: where two are equal in PyTorch, the exported file, whole or compressed, may take another.
+Latency is the compressed file's over the dense file's, in one run, one example, one thread, on the CPU, with its 99 % interval; other jobs shared the
 machine. Memory is what a session of one example adds to an idle process, compressed over dense. Latency and memory
 are those of seed 0.
 
