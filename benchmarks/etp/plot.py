@@ -11,7 +11,18 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
 WIDTH, HEIGHT, LEFT, TOP, LEGEND = 670, 360, 56, 34, 220
-_COLOURS = ("#555555", "#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#8c564b", "#e377c2", "#ff7f0e", "#17becf")
+_COLOURS = (
+    "#555555",
+    "#d62728",
+    "#1f77b4",
+    "#2ca02c",
+    "#9467bd",
+    "#8c564b",
+    "#e377c2",
+    "#ff7f0e",
+    "#17becf",
+    "#bcbd22",
+)
 
 
 @dataclass(frozen=True)

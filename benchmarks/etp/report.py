@@ -158,20 +158,20 @@ def _protocol(machine: Document) -> list[str]:
 Made by `benchmarks/etp/report.py` from what `benchmarks/etp/run.py` has finished.
 
 All methods get the same: the same dense start for a seed, as many epochs with their force, the same ranking rule
-(each module's norm as a share of its group's mean; network slimming and DepGraph use their own), removal of the lowest
-until the MACs are met, as many epochs of fine-tuning, and {len(STRENGTHS)} settings to choose from. These are the
-strengths {grid}. Strength 1 brings a module of average size, the first that has to go, to zero where no
-gradient defends it. ETP and linear torque come by index, as published, and ordered. Ordered, both choose from the same
-{len(ORDERED)} settings: distance is the rank by norm at the start, unit by unit ("norm"), or the place in the order of
-removal over the whole network that the library's `removal_order` finds by first-order sensitivity ("sensitivity"); the
-pull is that of the norm with strengths 0.5 and 1, or of its square, as published, with strength 1 ("squared"). The
-exponential's steepness is the paper's 5 with the square; otherwise the force grows over the modules that stay by
-exp(2.5) in the order of norms (the library's `keep`) and by exp(5) in that of sensitivity. The
-setting is chosen for each method and speed-up on validation examples with seed 0, "(end)" where it is the least or the
-most of six strengths; nothing is chosen on test examples. The forces are proximal steps outside Adam, for all. The dense
-network is trained on for as long as the others. DepGraph is torch-pruning 1.6.1's GroupNormPruner with its own groups.
-"Cut at the start, no force" is no method of the literature but the question whether the force is needed: what is last
-in the same orders is gone before the first forced epoch; it is chosen from two settings, the orders.
+(each module's norm as a share of its group's mean; network slimming and DepGraph use their own), removal of the
+lowest until the MACs are met, as many epochs of fine-tuning, and {len(STRENGTHS)} settings to choose from. These are
+the strengths {grid}. Strength 1 brings a module of average size, the first that has to go, to zero where no gradient
+defends it. ETP and linear torque come by index, as published, and ordered. Ordered, both choose from the same
+{len(ORDERED)} settings: distance is the rank by norm at the start, unit by unit ("norm"), or the place in the order
+of removal over the whole network that the library's `removal_order` finds by first-order sensitivity ("sensitivity");
+the pull is that of the norm with strengths 0.5 and 1, or of its square, as published, with strength 1 ("squared").
+The exponential's steepness is the paper's 5 with the square; otherwise the force grows over the modules that stay by
+exp(2.5) in the order of norms (the library's `keep`) and by exp(5) in that of sensitivity. The setting is chosen for
+each method and speed-up on validation examples with seed 0, "(end)" where it is the least or the most of six
+strengths; nothing is chosen on test examples. The forces are proximal steps outside Adam, for all. The dense network
+is trained on for as long as the others. DepGraph is torch-pruning 1.6.1's GroupNormPruner with its own groups. "Cut
+at the start, no force" is no method of the literature but the question whether the force is needed: what is last in
+the same orders is gone before the first forced epoch; it is chosen from two settings, the orders.
 
 Where this is not even: only torques go by an order, and the one by sensitivity looks at 800 training examples another
 12 times. The steepnesses, the squared variants and that order were settled with seeds 100 to 102 on examples outside
@@ -181,9 +181,9 @@ comparisons; the rows of all methods but the ordered torques and "cut" are from 
 "Equal" counts test examples to which the compressed ONNX file gives the same answer as the full-size PyTorch network
 with its zeros (classes or label sets; forecasts within 1e-4 of the largest value). Informer takes the queries that
 attend by comparing them: where two are equal in PyTorch, the exported file, whole or compressed, may take another.
-Latency is the compressed file's over the dense file's, in one run, one example, one thread, on the CPU, with its 99 % interval; other jobs shared the
-machine. Memory is what a session of one example adds to an idle process, compressed over dense. Latency and memory
-are those of seed 0.
+Latency is the compressed file's over the dense file's, in one run, one example, one thread, on the CPU, with its 99 %
+interval; other jobs shared the machine. Memory is what a session of one example adds to an idle process, compressed
+over dense. Latency and memory are those of seed 0.
 
 Hardware: {machine.get("processor")}, {machine.get("cores")} cores. Python {machine.get("python")}, {versions}."""
     return text.splitlines()
