@@ -36,6 +36,8 @@ _Outputs = dict[str, Any]
 LARGEST_NOISE = 1e-2
 # another order of summation may round this many times worse than the two that were compared
 NOISE_MARGIN = 4
+# how often the last bits of the inputs are drawn anew
+NUDGES = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +104,8 @@ def verify(
     Passed means `|a - b| <= atol + rtol * scale` for every value of every output, where the scale is the
     largest magnitude in the original's output; integers, booleans and text equal; NaN and infinities at the
     same places; the same inputs and outputs declared. A model that computes in float16 or bfloat16 is held to
-    four units of that format's last place instead of a tighter `rtol`.
+    four units of that format's last place instead of a tighter `rtol`. One that changes more itself, optimised against
+    not or as the last bits of its inputs change, is held to four times that, and a note says so.
 
     Args:
         original: the model that is right.
@@ -221,7 +224,19 @@ def _verify(original: str, result: str, trials: Sequence[Trial], settings: dict[
         )
     reason = _doubt(references[False], again, settings)
     errors = [_compare_all(references[level], others[level], settings) for level in (False, True)]
-    reason = reason or next((error.reason for error in errors if error.reason), "")
+    unequal = next((error.reason for error in errors if error.reason), "")
+    if unequal and not reason and max(error.max_rel for error in errors) <= LARGEST_NOISE:
+        # It may still be as exact as the original, if the last bits of the inputs change as much.
+        change = _last_bits(original, specs, trials, references[False], settings)
+        if settings["rtol"] < NOISE_MARGIN * change <= NOISE_MARGIN * LARGEST_NOISE:
+            settings = {**settings, "rtol": NOISE_MARGIN * change}
+            errors = [_compare_all(references[level], others[level], settings) for level in (False, True)]
+            unequal = next((error.reason for error in errors if error.reason), "")
+            notes = (
+                *notes,
+                f"rtol raised to {NOISE_MARGIN} times what the last bits of the inputs change, {change:.3g}",
+            )
+    reason = reason or unequal
     return Verification(
         passed=not reason,
         reason=reason,
@@ -235,6 +250,35 @@ def _verify(original: str, result: str, trials: Sequence[Trial], settings: dict[
         notes=notes,
         **settings,
     )
+
+
+def _last_bits(
+    path: str,
+    specs: Sequence[InputSpec],
+    trials: Sequence[Trial],
+    references: Sequence[_Outputs],
+    settings: Mapping[str, Any],
+) -> float:
+    """Return the largest relative change of an output as floating-point inputs move to one of their neighbours."""
+    session = open_session(path, optimize=False, provider=settings["provider"])
+    largest = 0.0
+    for trial, reference in zip(trials, references, strict=True):
+        feeds = trial.feeds(specs)
+        for seed in range(NUDGES):
+            rng = np.random.default_rng(seed)
+            nudged = {name: _nudged(array, rng) for name, array in feeds.items()}
+            found = _compare_all([reference], [run_session(session, nudged)], settings).max_rel
+            largest = max(largest, found if math.isfinite(found) else 0.0)
+    return largest
+
+
+def _nudged(array: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Return an array with every entry that is float32 or float64 moved to a neighbour, up or down."""
+    if array.dtype not in {np.dtype(np.float32), np.dtype(np.float64)}:
+        return array
+    ends = np.where(rng.random(array.shape) < 0.5, np.inf, -np.inf).astype(array.dtype)
+    neighbours: np.ndarray = np.nextafter(array, ends)
+    return neighbours
 
 
 def _run_all(

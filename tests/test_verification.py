@@ -345,3 +345,42 @@ def test_given_inputs_that_do_not_fit_are_refused(tmp_path):
             verify(model, model, inputs=given)
     with pytest.raises(UsageError, match="have their sizes"):
         verify(model, model, inputs={"x": x, "rows": rows}, dims={"batch": 4})
+
+
+def steep(path, halves=False, change=0.0):
+    """Save the sine of a hundred times a sum of 64 products, summed up at once or in two halves."""
+    weight = np.random.default_rng(0).normal(size=(64, 1)).astype(np.float32)
+    weight[5] += np.float32(change)
+    ends = {"starts": [0], "middle": [32], "stop": [64], "axis": [1]}
+    weights = {"w": weight, "k": np.array([100.0], np.float32)}
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["s"])]
+    if halves:
+        weights |= {"low": weight[:32], "high": weight[32:]}
+        weights |= {name: np.array(value, np.int64) for name, value in ends.items()}
+        del weights["w"]
+        nodes = [
+            helper.make_node("Slice", ["x", "starts", "middle", "axis"], ["a"]),
+            helper.make_node("Slice", ["x", "middle", "stop", "axis"], ["b"]),
+            helper.make_node("MatMul", ["a", "low"], ["la"]),
+            helper.make_node("MatMul", ["b", "high"], ["hb"]),
+            helper.make_node("Add", ["la", "hb"], ["s"]),
+        ]
+    nodes += [helper.make_node("Mul", ["s", "k"], ["m"]), helper.make_node("Sin", ["m"], ["y"])]
+    return save(path, nodes, {"x": (TensorProto.FLOAT, [4, 64])}, {"y": (TensorProto.FLOAT, [4, 1])}, weights)
+
+
+def test_what_the_last_bits_of_the_inputs_change_is_allowed(tmp_path):
+    """Another order of summation is no disagreement where the neighbours of the inputs give as different outputs."""
+    found = verify(steep(tmp_path / "a.onnx"), steep(tmp_path / "b.onnx", halves=True))
+    assert found.max_rel_error > 1e-5
+    assert found.passed, found.reason
+    assert any("last bits of the inputs" in note for note in found.notes)
+    assert found.max_rel_error <= found.rtol < 1e-2
+
+
+@pytest.mark.parametrize("change", [2e-4, 1e-2])
+def test_more_than_that_is_not(tmp_path, change):
+    """One weight that differs by more than its own rounding is found, small as it is."""
+    found = verify(steep(tmp_path / "a.onnx"), steep(tmp_path / "b.onnx", change=change))
+    assert not found.passed
+    assert "differs" in found.reason
