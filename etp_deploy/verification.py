@@ -223,15 +223,13 @@ def _verify(original: str, result: str, trials: Sequence[Trial], settings: dict[
             f"rtol raised to {NOISE_MARGIN} times the original's own rounding, {noise.max_rel:.3g}",
         )
     reason = _doubt(references[False], again, settings)
-    errors = [_compare_all(references[level], others[level], settings) for level in (False, True)]
-    unequal = next((error.reason for error in errors if error.reason), "")
+    errors, unequal = _both_levels(references, others, settings)
     if unequal and not reason and max(error.max_rel for error in errors) <= LARGEST_NOISE:
         # It may still be as exact as the original, if the last bits of the inputs change as much.
         change = _last_bits(original, specs, trials, references[False], settings)
         if settings["rtol"] < NOISE_MARGIN * change <= NOISE_MARGIN * LARGEST_NOISE:
             settings = {**settings, "rtol": NOISE_MARGIN * change}
-            errors = [_compare_all(references[level], others[level], settings) for level in (False, True)]
-            unequal = next((error.reason for error in errors if error.reason), "")
+            errors, unequal = _both_levels(references, others, settings)
             notes = (
                 *notes,
                 f"rtol raised to {NOISE_MARGIN} times what the last bits of the inputs change, {change:.3g}",
@@ -250,6 +248,16 @@ def _verify(original: str, result: str, trials: Sequence[Trial], settings: dict[
         notes=notes,
         **settings,
     )
+
+
+def _both_levels(
+    references: Mapping[bool, Sequence[_Outputs]],
+    others: Mapping[bool, Sequence[_Outputs | str]],
+    settings: Mapping[str, Any],
+) -> tuple[list[Difference], str]:
+    """Return the differences of the plain and the optimised runs, and the first reason."""
+    errors = [_compare_all(references[level], others[level], settings) for level in (False, True)]
+    return errors, next((error.reason for error in errors if error.reason), "")
 
 
 def _last_bits(

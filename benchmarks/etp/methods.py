@@ -149,7 +149,7 @@ class Pulling:
 
     def _edge(self, unit: Unit) -> float:
         forces = self.regularizers[unit.group.name].forces(unit.group.name).sort().values
-        staying = max(unit.least(self.setting.network), round(self.share * len(forces)))
+        staying = unit.staying(self.setting.network, self.share)
         return float(forces[min(staying, len(forces) - 1)])
 
     def _beta(self, unit: Unit) -> float:
@@ -291,9 +291,8 @@ class Cut:
         keep = {}
         for unit in units:
             own = norms[unit.group.name]
-            staying = max(unit.least(network), round(share * len(own)))
-            keep[unit.group.name] = torch.zeros(len(own), dtype=torch.bool)
-            keep[unit.group.name][own.argsort(descending=True, stable=True)[:staying]] = True
+            best = own.argsort(descending=True, stable=True)[: unit.staying(network, share)]
+            keep[unit.group.name] = torch.zeros(len(own), dtype=torch.bool).index_fill_(0, best, True)
         return keep
 
     def pull(self, rate: float) -> None:

@@ -55,6 +55,10 @@ class Unit:
         """Return how many modules there are."""
         return self.group.count(model)
 
+    def staying(self, model: nn.Module, share: float) -> int:
+        """Return how many stay of a share, which may be too little."""
+        return max(self.least(model), round(share * self.count(model)))
+
     def least(self, model: nn.Module) -> int:
         """Return how many must stay."""
         return max(1, math.ceil(FLOOR * self.count(model)))
@@ -213,7 +217,7 @@ def uniform_share(
         keep = {}
         for unit in units:
             count = unit.count(model)
-            keep[unit.group.name] = torch.arange(count) < max(unit.least(model), round(share * count))
+            keep[unit.group.name] = torch.arange(count) < unit.staying(model, share)
         return macs(compacted(model, units, keep), example)
 
     low, high = 0, 64

@@ -156,10 +156,7 @@ class Controller(Scheduled):
         count = min(low + 1, len(order))
         killed = torch.zeros(total, dtype=torch.bool)
         killed[order[:count]] = True
-        start = 0
-        for name, dead in self.regularizer.dead().items():
-            self.regularizer.kill(name, torch.nonzero(killed[start : start + len(dead)]).reshape(-1).tolist())
-            start += len(dead)
+        self.regularizer.zero(killed)
         if best > self.target:
             best = self._ratio()
         return count, best

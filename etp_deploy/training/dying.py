@@ -96,7 +96,7 @@ class Modules:
                 weights[0].device
             )
             small = (below.sqrt() < self.threshold) | (layout.reduce(weights, "largest") == 0)
-            self._zero(self._decided(small))
+            self.zero(self._decided(small))
         else:
             everywhere = torch.ones(layout.total, dtype=torch.bool, device=weights[0].device)
             for weight, lines in zip(weights, layout.spread(everywhere, weights), strict=True):
@@ -163,7 +163,7 @@ class Modules:
         device = self.layout.weights(self.model)[0].device
         row = torch.zeros(self.layout.total, dtype=torch.bool, device=device)
         row[torch.tensor(chosen, dtype=torch.int64, device=device) + sum(self.layout.counts[:number])] = True
-        self._zero(row)
+        self.zero(row)
 
     def marks(self, modules: Tensor) -> dict[str, Tensor]:
         """Return which weights belong to some modules, by parameter.
@@ -228,9 +228,16 @@ class Modules:
             dead.append(torch.stack(found).any(0))
         return torch.cat(dead)
 
-    def _zero(self, modules: Tensor) -> None:
+    @torch.no_grad()
+    def zero(self, modules: Tensor) -> None:
+        """Zero modules as a whole, all of their parts.
+
+        Args:
+            modules: for each module of all groups in a row, whether it goes.
+        """
         weights = self.layout.weights(self.model)
-        for weight, lines in zip(weights, self.layout.spread(modules, weights), strict=True):
+        row = modules.to(weights[0].device)
+        for weight, lines in zip(weights, self.layout.spread(row, weights), strict=True):
             for line in lines:
                 weight.masked_fill_(line, 0.0)
 

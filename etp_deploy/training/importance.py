@@ -196,8 +196,7 @@ class _Plan:
         """
         self._order += places
         self._gone[list(places)] = True
-        for name, gone in self._modules.by_group(self._gone).items():
-            self._modules.kill(name, torch.nonzero(gone).reshape(-1).tolist())
+        self._modules.zero(self._gone)
         taken = torch.nonzero(self._dead() & ~self._gone).reshape(-1).tolist()
         self._order += taken
         self._gone[taken] = True
@@ -210,8 +209,7 @@ class _Plan:
         """Return each module's place in the order of removal; what stays comes last."""
         staying = torch.nonzero(~self._gone).reshape(-1).tolist()
         order = self._order + sorted(staying, key=lambda place: float(self._worth[place]))
-        places = torch.arange(len(order), dtype=torch.float64)
-        return torch.empty_like(places).index_copy_(0, torch.tensor(order), places)
+        return torch.tensor(order).argsort().double()
 
 
 def _refuse_shards(modules: Modules) -> None:

@@ -152,9 +152,13 @@ class TorqueRegularizer(Modules):
             raise UsageError(f"{steepness} makes forces that are no numbers in float32", where="steepness")
         return row
 
+    def _pivots(self, pivot: Pivot) -> list[Pivot]:
+        """Return each group's own pivot, or the regulariser's."""
+        return [pivot if group.pivot is None else group.pivot for group in self.groups]
+
     def _distances(self, pivot: Pivot, given: tuple[Tensor, ...] | None) -> list[Tensor]:
         """Return how far each group's modules lie from the pivot."""
-        pivots = [pivot if group.pivot is None else group.pivot for group in self.groups]
+        pivots = self._pivots(pivot)
         importance = given or self.layout.split(self._start)
         ranked: Sequence[Tensor] = ()
         if "network" in pivots:
@@ -180,7 +184,7 @@ class TorqueRegularizer(Modules):
         Raises:
             UsageError: it is not of these groups, holds what is no number, or no pivot goes by it.
         """
-        pivots = [pivot if group.pivot is None else group.pivot for group in self.groups]
+        pivots = self._pivots(pivot)
         if force == "uniform" or not any(wanted in RANKING for wanted in pivots):
             raise UsageError("no pivot goes by it", where="importance", hint=f"one of {', '.join(RANKING)}")
         names = {group.name for group in self.groups}

@@ -166,13 +166,19 @@ def is_first() -> bool:
     return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
 
 
+def _alone() -> bool:
+    """Whether there is no other process."""
+    started = distributed.is_available() and distributed.is_initialized()
+    return not started or distributed.get_world_size() == 1
+
+
 def from_first(compute: Callable[[], float]) -> float:
     """Return what the first process computes, on every process, so that none goes a way of its own.
 
     Raises:
         EtpError: as the first process raised it.
     """
-    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
+    if _alone():
         return compute()
     answer: list[float | tuple[type[EtpError], str, str, str]] = [0.0]
     if is_first():
@@ -189,7 +195,7 @@ def from_first(compute: Callable[[], float]) -> float:
 
 def sum_over_processes(tensor: Tensor) -> Tensor:
     """Return the sum of what all processes have, on the CPU; the tensor itself where there is one alone."""
-    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
+    if _alone():
         return tensor
     parts: list[Tensor | None] = [None for _ in range(distributed.get_world_size())]
     distributed.all_gather_object(parts, tensor)
