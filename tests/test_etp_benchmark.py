@@ -108,7 +108,9 @@ def test_the_report_says_what_was_found(finished):
     ("ours", "theirs", "outcome", "clear"),
     [
         ([0.9, 0.91, 0.92], [0.8, 0.81, 0.82], "ahead", True),
-        ([0.80, 0.86, 0.92], [0.79, 0.85, 0.91], "ahead", False),
+        # each seed's networks have one start: what seeds have in common is no doubt
+        ([0.80, 0.86, 0.92], [0.791, 0.85, 0.909], "ahead", True),
+        ([0.80, 0.86, 0.92], [0.91, 0.85, 0.79], "ahead", False),
         ([0.8, 0.81, 0.82], [0.9, 0.91, 0.92], "behind", True),
     ],
 )
@@ -120,7 +122,7 @@ def test_verdicts(name, ours, theirs, outcome, clear):
             "speedup": 4.0,
             "seeds": 3,
             "mean": sum(values) / 3,
-            "spread": report.statistics.stdev(values),
+            "values": dict(enumerate(values)),
         }
         for method, values in ((name, ours), ("lasso", theirs))
     ]
@@ -128,11 +130,19 @@ def test_verdicts(name, ours, theirs, outcome, clear):
     assert (found["outcome"], found["clear"], found["best_other"]) == (outcome, clear, "lasso")
 
 
+def test_doubt_is_students_interval_of_paired_differences():
+    """By hand: differences 1, 2, 3 have the deviation 1; t at 2 degrees is 4.303. Other seeds do not count."""
+    ours = {"values": {2: 6.0, 0: 2.0, 1: 4.0, 7: 99.0}}
+    best = {"values": {0: 1.0, 1: 2.0, 2: 3.0, 8: -99.0}}
+    assert report._doubt(ours, best) == pytest.approx(4.3027 / 3**0.5, rel=1e-4)
+    assert report._doubt(ours, {"values": {0: 1.0}}) is None
+
+
 @pytest.mark.parametrize(("ours", "clear"), [(0.84, False), (0.9, True)])
 def test_one_seed_is_held_against_the_size_of_the_test_sample(ours, clear):
     """With one seed a lead counts only where that many test examples can tell it."""
     rows = [
-        {"method": name, "speedup": 4.0, "seeds": 1, "mean": mean, "spread": None, "examples": 1000}
+        {"method": name, "speedup": 4.0, "seeds": 1, "mean": mean, "values": {0: mean}, "examples": 1000}
         for name, mean in (("etp", ours), ("lasso", 0.82))
     ]
     found = report._verdict(TINY, rows, 4.0)
