@@ -193,7 +193,8 @@ the test sets, after an earlier version of this report, on the same test example
 comparisons; the rows of all methods but the ordered torques and "cut" are from that version. Informer is the
 exception: it was run anew for all methods with 2,048 neurons, since with its 512 of before 9x was out of reach; with
 those, and three seeds, ETP, ordered, was ahead at 4x and 6x within doubt. All tasks had three seeds first; ResNet-50
-got three more for all methods because its doubt was the widest, then all others, so that none is chosen.
+got three more for all methods because its doubt was the widest, then all others, so that none is chosen. Doubt was
+that of means over unrelated seeds before it was that of differences seed by seed.
 
 "Equal" counts test examples to which the compressed ONNX file gives the same answer as the full-size PyTorch network
 with its zeros (classes or label sets; forecasts within 1e-4 of the largest value). Informer takes the queries that
