@@ -130,6 +130,40 @@ def test_verdicts(name, ours, theirs, outcome, clear):
     assert (found["outcome"], found["clear"], found["best_other"]) == (outcome, clear, "lasso")
 
 
+def test_against_the_literature_the_ordered_linear_torque_does_not_count():
+    """It is best of all, and no method as published; the overview adds up all answers, and ETP's alone."""
+    cells = [
+        {
+            "record": "cell",
+            "method": method,
+            "speedup": speedup,
+            "seed": seed,
+            "value": value + seed / 100,
+            "strength": 1.0,
+            "variant": "",
+            "seconds": 1.0,
+            "macs": {"dense": 8, "ratio": 4.0},
+            "onnx": {"macs": {"compressed": 2}},
+            "parameters": {"dense": 8, "pruned": 2},
+            "equality": {"equal": equal, "examples": 10, "largest_error": 0.0},
+        }
+        for method, speedup, value, equal in (
+            ("dense", 1.0, 0.9, 10),
+            ("etp", 4.0, 0.8, 9),
+            ("linear", 4.0, 0.82, 10),
+            ("linear-index", 4.0, 0.7, 10),
+        )
+        for seed in (1, 0)
+    ]
+    found = report.summary(TINY, cells)
+    outcomes = {
+        name: (found[name][0]["outcome"], found[name][0]["best_other"]) for name in ("verdicts", "literature")
+    }
+    assert outcomes == {"verdicts": ("behind", "linear"), "literature": ("ahead", "linear-index")}
+    assert list(found["rows"][1]["values"]) == [0, 1]
+    assert "78 of 80 are PyTorch's; of ETP's, 18 of 20." in report.markdown([found], {})
+
+
 def test_doubt_is_students_interval_of_paired_differences():
     """By hand: differences 1, 2, 3 have the deviation 1; t at 2 degrees is 4.303. Other seeds do not count."""
     ours = {"values": {2: 6.0, 0: 2.0, 1: 4.0, 7: 99.0}}

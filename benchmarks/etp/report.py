@@ -70,13 +70,13 @@ def _row(method: str, speedup: float, cells: Sequence[Document]) -> Document:
     row: Document = {"method": method, "speedup": speedup, "seeds": len(done)}
     if not done:
         return {**row, "failed": cells[0]["failed"]}
-    values = [cell["value"] for cell in done]
+    values = {cell["seed"]: cell["value"] for cell in done}
     timing = next((cell["timing"] for cell in done if "timing" in cell), None)
     return {
         **row,
-        "values": {cell["seed"]: cell["value"] for cell in done},
-        "mean": statistics.fmean(values),
-        "spread": statistics.stdev(values) if len(values) > 1 else None,
+        "values": values,
+        "mean": statistics.fmean(values.values()),
+        "spread": statistics.stdev(values.values()) if len(values) > 1 else None,
         "strength": done[0]["strength"],
         "variant": done[0]["variant"],
         "macs_ratio": _mean(cell["macs"]["ratio"] for cell in done),
